@@ -1,0 +1,1 @@
+"""Parley: fine-tuning of speech-text language models over Mimi codes."""

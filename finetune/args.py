@@ -1,0 +1,250 @@
+"""The configuration every family shares. One YAML key is one field; its docstring says meaning and unit."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from finetune.config import apply_overrides, decode, encode, read_yaml
+from finetune.errors import UserError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message); the decoder puts the section's name before it."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class DataArgs:
+    train_data: str
+    """Training data: manifests (`.jsonl`, `.jsonl.gz`) or folders of them, `path[:weight],path[:weight]`."""
+    eval_data: str | None = None
+    """Evaluation data, in the same form; weights are ignored."""
+    shuffle: bool = False
+    """Draw the windows of each epoch in an order that depends on (seed, epoch) only."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a bad file does: stop the run with one line, or be reported once and left out."""
+    num_workers: int = 4
+    """Threads that read, resample and tokenise ahead of training, per rank."""
+    prefetch_batches: int = 4
+    """Batches kept ready ahead of the training step, per rank."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.train_data), "train_data: empty; set it to a manifest (.jsonl) or a folder of them")
+        require(self.num_workers >= 1, f"num_workers: {self.num_workers} is below 1")
+        require(self.prefetch_batches >= 1, f"prefetch_batches: {self.prefetch_batches} is below 1")
+
+
+@dataclass
+class LoraArgs:
+    rank: int = 64
+    """Rank of the adapters."""
+    scaling: float = 2.0
+    """Factor on the adapters' output."""
+    dropout: float = 0.0
+    """Dropout probability on the adapters' input."""
+    ft_embed: bool = False
+    """Also train the embedding tables, in full."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, f"rank: {self.rank} is below 1")
+        require(self.scaling > 0, f"scaling: {self.scaling} is not positive")
+        require(0 <= self.dropout < 1, f"dropout: {self.dropout} is not in [0, 1)")
+
+
+@dataclass
+class OptimArgs:
+    lr: float = 1e-4
+    """Highest learning rate."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay."""
+    pct_start: float = 0.05
+    """Share of the steps in which the learning rate rises."""
+    schedule: Literal["one_cycle", "cosine", "linear", "constant"] = "one_cycle"
+    """Shape of the learning rate. `one_cycle` is PyTorch's OneCycleLR: it starts at lr/25, ends at lr/250,000
+    and also cycles AdamW's beta1 between 0.95 and 0.85. The others rise linearly from 0 and leave beta1 at 0.9."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"lr: {self.lr} is not positive")
+        require(self.weight_decay >= 0, f"weight_decay: {self.weight_decay} is negative")
+        require(0 <= self.pct_start <= 1, f"pct_start: {self.pct_start} is not in [0, 1]")
+
+
+@dataclass
+class ParallelArgs:
+    strategy: Literal["auto", "fsdp", "hsdp", "ddp"] = "auto"
+    """`fsdp` shards parameters over all ranks, `hsdp` inside groups of `shard_size` and replicates over groups,
+    `ddp` replicates everything (needs that the frozen base fits). `auto`: `ddp` for LoRA where the base takes
+    under half of a GPU, `fsdp` otherwise."""
+    shard_size: int | None = None
+    """Ranks in one sharding group of `hsdp`; default: the ranks of one node."""
+
+    def __post_init__(self) -> None:
+        require(self.shard_size is None or self.shard_size >= 1, f"shard_size: {self.shard_size} is below 1")
+
+
+@dataclass
+class WandbArgs:
+    project: str | None = None
+    """Project on Weights & Biases; unset turns it off."""
+    run_name: str | None = None
+    """Name of the run; default: the name of `run_dir`."""
+    offline: bool = False
+    """Write the W&B files into `run_dir` only; `wandb sync` uploads them later."""
+    key: str | None = field(default=None, repr=False)
+    """API key. Better set WANDB_API_KEY or run `wandb login`; never written or logged."""
+
+
+@dataclass
+class TrainArgs:
+    data: DataArgs
+    """Where the data is and how it is read."""
+    run_dir: str
+    """Folder of everything the run writes."""
+    model: Any
+    """The family and its own settings; see the next table."""
+    duration_sec: float = 10.0
+    """Length of a training window in seconds."""
+    batch_size: int = 1
+    """Windows per rank and microbatch."""
+    num_microbatches: int = 1
+    """Microbatches whose gradients one step sums."""
+    max_steps: int = 100
+    """Optimiser steps."""
+    finetuning: Literal["lora", "full"] = "lora"
+    """Train adapters on every linear layer, or all weights."""
+    lora: LoraArgs = field(default_factory=LoraArgs)
+    """The adapters."""
+    optim: OptimArgs = field(default_factory=OptimArgs)
+    """The optimiser and its schedule."""
+    max_norm: float = 1.0
+    """Largest global norm of the gradients; 0 turns clipping off."""
+    seed: int = 0
+    """Seed of data order, new weights and dropout."""
+    param_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of the computation. `auto`: bfloat16 on GPUs that have it, float16 with loss scaling on others,
+    float32 on CPUs. What is trained is kept in float32 always."""
+    gradient_checkpointing: bool = True
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the blocks with torch.compile."""
+    parallel: ParallelArgs = field(default_factory=ParallelArgs)
+    """How the model spreads over ranks."""
+    log_freq: int = 1
+    """Steps between two lines of metrics; sums run over the steps between."""
+    do_eval: bool = False
+    """Evaluate on `data.eval_data`."""
+    eval_freq: int = 0
+    """Steps between evaluations; 0: only after the last step."""
+    eval_batches: int | None = None
+    """Batches per rank of one evaluation; default: the whole evaluation data."""
+    do_ckpt: bool = True
+    """Save checkpoints."""
+    ckpt_freq: int = 0
+    """Steps between checkpoints; 0: only after the last step."""
+    num_ckpt_keep: int | None = 3
+    """Newest checkpoints kept, besides the best one; null keeps all."""
+    save_best: bool = True
+    """Save a checkpoint, and keep it, when an evaluation finds the lowest loss so far."""
+    save_adapters: bool = True
+    """Under LoRA, save the adapters alone; false merges them into the base weights."""
+    overwrite_run_dir: bool = False
+    """Empty a used `run_dir` first; otherwise a used folder is refused."""
+    tensorboard: bool = True
+    """Write TensorBoard files into `run_dir/tensorboard`."""
+    wandb: WandbArgs = field(default_factory=WandbArgs)
+    """Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.run_dir), "run_dir: empty; set it to the folder that the run may write")
+        require(self.duration_sec > 0, f"duration_sec: {self.duration_sec} is not positive")
+        for name in ("batch_size", "num_microbatches", "max_steps", "log_freq"):
+            require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is below 1")
+        for name in ("eval_freq", "ckpt_freq", "max_norm"):
+            require(getattr(self, name) >= 0, f"{name}: {getattr(self, name)} is negative")
+        for name in ("num_ckpt_keep", "eval_batches"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name}: {value} is below 1")
+        require(
+            not self.do_eval or self.data.eval_data is not None,
+            "do_eval: true, but data.eval_data is empty; set it or turn do_eval off",
+        )
+
+
+def load(path: str | Path, overrides: dict[str, str], model_args: Any) -> TrainArgs:
+    """Read a run's YAML; dotted overrides win over it.
+
+    Args:
+        model_args: gives a family's own dataclass by the family's name; raises UserError for an unknown one.
+
+    Raises:
+        UserError: anything in the file or the overrides is wrong.
+    """
+    raw = from_moshi_finetune(apply_overrides(read_yaml(path), overrides))
+    section = raw.setdefault("model", {}) or {}
+    if not isinstance(section, dict):
+        raise UserError(f"model: {section!r} is not a section; write `model: {{family: moshi}}`")
+    args = decode(TrainArgs, raw)
+    args.model = decode(model_args(section.get("family", "moshi")), section, "model")
+    return args
+
+
+def without_secrets(args: TrainArgs) -> dict[str, Any]:
+    """The resolved configuration as plain values, fit to be written and shown."""
+    raw = encode(args)
+    del raw["wandb"]["key"]
+    return raw
+
+
+def save(args: TrainArgs, path: Path) -> None:
+    """Write the resolved configuration, without secrets; it can be run again as it is."""
+    path.write_text(yaml.safe_dump(without_secrets(args), sort_keys=False, allow_unicode=True))
+
+
+def from_moshi_finetune(raw: dict[str, Any]) -> dict[str, Any]:
+    """Translate the keys that kyutai-labs/moshi-finetune spells otherwise (its `finetune/args.py`)."""
+    model = dict(raw.get("model") or {}) if isinstance(raw.get("model") or {}, dict) else raw["model"]
+    moved = dict(raw.pop("moshi_paths", None) or {})
+    for key in ("first_codebook_weight_multiplier", "text_padding_weight"):
+        if key in raw:
+            moved[key] = raw.pop(key)
+    for key, value in moved.items():
+        if key in model:
+            raise UserError(f"model.{key}: set twice, here and in moshi-finetune's spelling; keep one")
+        model[key] = value
+    raw["model"] = model
+    if isinstance(raw.get("lora"), dict):
+        raw["lora"] = dict(raw["lora"])
+    spellings = {
+        name: _as_bool(section.pop(key), name)
+        for name, section, key in (
+            ("full_finetuning", raw, "full_finetuning"),
+            ("lora.enable", raw.get("lora") or {}, "enable"),
+        )
+        if key in section
+    }
+    if spellings:
+        raw["finetuning"] = _one_choice(spellings, raw.get("finetuning"))
+    return raw
+
+
+def _as_bool(value: Any, name: str) -> bool:
+    value = yaml.safe_load(value) if isinstance(value, str) else value
+    if not isinstance(value, bool):
+        raise UserError(f"{name}: {value!r} is not true or false")
+    return value
+
+
+def _one_choice(spellings: dict[str, bool], finetuning: Any) -> str:
+    full = spellings.get("full_finetuning", False)
+    lora = spellings.get("lora.enable", not full)
+    said = ", ".join(f"{name}: {str(value).lower()}" for name, value in spellings.items())
+    if full == lora:
+        remedy = "set lora.enable: false" if full else "set one of them to true"
+        raise UserError(f"{said}: exactly one of LoRA and full fine-tuning must be on; {remedy}")
+    choice = "full" if full else "lora"
+    if finetuning not in (None, choice):
+        raise UserError(f"finetuning: {finetuning!r} contradicts {said}; keep `finetuning` alone")
+    return choice

@@ -1,0 +1,164 @@
+"""Strict decoding: a YAML file and command-line overrides become dataclasses, or one clear line says why not."""
+
+import difflib
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from finetune.errors import UserError
+
+T = TypeVar("T")
+
+
+class CommandLineText(str):
+    """A value as typed on the command line: it becomes whatever type its field has."""
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror}; give the path of a YAML file") from error
+    except yaml.YAMLError as error:
+        place = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        problem = getattr(error, "problem", None) or "cannot be read"
+        raise UserError(f"config {path}{place}: not YAML: {problem}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"config {path}: holds {_kind(raw)}, not keys and values; see example/quickstart.yaml")
+    return raw
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """Set dotted keys (`data.train_data`) in a nested mapping; missing sections are made."""
+    for dotted, text in overrides.items():
+        section = raw
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise UserError(f"--{dotted}={text}: {parent!r} is a value, not a section")
+        section[last] = CommandLineText(text)
+    return raw
+
+
+def decode(cls: type[T], raw: Any, where: str = "") -> T:
+    """Build a dataclass from a mapping, recursively.
+
+    Raises:
+        UserError: an unknown or missing key, or a value that its field's type does not admit.
+    """
+    prefix = f"{where}." if where else ""
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{where}: {raw!r} is {_kind(raw)}; expected a section with keys and values")
+    hints = get_type_hints(cls)
+    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    for key in raw:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            remedy = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(known)}"
+            raise UserError(f"{prefix}{key}: unknown key (value {str(raw[key])!r:.60}); {remedy}")
+    values = {}
+    for name, field in known.items():
+        if name in raw:
+            values[name] = _convert(hints[name], raw[name], prefix + name)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise UserError(f"{prefix}{name}: not set; add it to the YAML or pass --{prefix}{name}=…")
+    try:
+        return cls(**values)
+    except ValueError as error:  # raised by the dataclass' own checks, which name the key without its section
+        raise UserError(f"{prefix}{error}") from error
+
+
+def encode(config: Any) -> Any:
+    """The inverse of `decode`: plain mappings and values, ready for YAML."""
+    if is_dataclass(config) and not isinstance(config, type):
+        return {field.name: encode(getattr(config, field.name)) for field in fields(config)}
+    return config
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = get_origin(hint)
+    if hint is Any:
+        return yaml.safe_load(value) if isinstance(value, CommandLineText) else value
+    if origin in (Union, types.UnionType):
+        return _convert_optional(hint, value, where)
+    if origin is Literal:
+        return _convert_literal(get_args(hint), value, where)
+    if is_dataclass(hint):
+        return decode(hint, value or {}, where)  # type: ignore[arg-type]
+    if hint is str:
+        return _convert_str(value, where)
+    if isinstance(value, CommandLineText):
+        value = yaml.safe_load(value)
+    if origin is list:
+        if not isinstance(value, list):
+            raise _mismatch(where, value, "a list")
+        (item,) = get_args(hint)
+        return [_convert(item, element, f"{where}[{index}]") for index, element in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _mismatch(where, value, "a mapping")
+        return value
+    return _convert_scalar(hint, value, where)
+
+
+def _convert_optional(hint: Any, value: Any, where: str) -> Any:
+    (inner,) = [arm for arm in get_args(hint) if arm is not type(None)]
+    # moshi-finetune's own example leaves unused keys as empty strings.
+    if value is None or value == "" or (isinstance(value, CommandLineText) and value in ("null", "None")):
+        return None
+    return _convert(inner, value, where)
+
+
+def _convert_literal(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    for choice in choices:
+        if value == choice and type(value) in (type(choice), CommandLineText):
+            return choice
+    raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, choices))}")
+
+
+def _convert_str(value: Any, where: str) -> str:
+    if isinstance(value, (str, int)) and not isinstance(value, bool):
+        return str(value)
+    raise _mismatch(where, value, "text")
+
+
+def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and (number := _as_float(value)) is not None:
+        return number
+    expected = {bool: "true or false", int: "a whole number", float: "a number"}[hint]
+    raise _mismatch(where, value, expected)
+
+
+def _as_float(value: Any) -> float | None:
+    """The number that is meant, also by "2e-6", which PyYAML reads as text."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _mismatch(where: str, value: Any, expected: str) -> UserError:
+    return UserError(f"{where}: {value!r} is {_kind(value)}; expected {expected}")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "a section", list: "a list", str: "text", bool: "true/false", int: "a whole number"}
+    return "empty" if value is None else names.get(type(value), f"a {type(value).__name__}")

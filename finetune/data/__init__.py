@@ -1,0 +1,1 @@
+"""From manifests to batches: manifest → windows → Clip → Sample → Batch."""

@@ -1,0 +1,49 @@
+"""Reading windows of audio files at 24 kHz."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import sphn
+
+from finetune.data.types import SAMPLE_RATE_HZ, BadRecording
+
+# -80 dB of full scale: below the noise of any microphone, above dither.
+SILENCE_PEAK = 1e-4
+
+
+def read_window(path: Path, start_sec: float, duration_sec: float) -> np.ndarray:
+    """Float32 samples [C, S] at 24 kHz; shorter than asked for where the file ends.
+
+    Raises:
+        BadRecording: the file is missing or cannot be decoded, or its main (left) channel is silent throughout.
+    """
+    wav_CS = _decode(path, start_sec, duration_sec)
+    if _is_silent(wav_CS[0]) and is_silent_throughout(path):
+        raise BadRecording("the model's (left) channel is silent throughout; swap the channels or remove the line")
+    return wav_CS
+
+
+@lru_cache(maxsize=65536)
+def is_silent_throughout(path: Path) -> bool:
+    """Whether the left channel never rises above SILENCE_PEAK. Asked only once a window was silent."""
+    return _is_silent(_decode(path)[0])
+
+
+def _is_silent(wav_S: np.ndarray) -> bool:
+    return bool(np.abs(wav_S).max(initial=0.0) < SILENCE_PEAK)
+
+
+def _decode(path: Path, start_sec: float | None = None, duration_sec: float | None = None) -> np.ndarray:
+    try:
+        wav_CS, rate_hz = sphn.read(str(path), start_sec=start_sec, duration_sec=duration_sec)
+        if rate_hz != SAMPLE_RATE_HZ:
+            wav_CS = sphn.resample(wav_CS, rate_hz, SAMPLE_RATE_HZ)
+    except Exception as error:  # sphn raises bare exceptions of several kinds
+        missing = "" if path.exists() else "no such file: "
+        raise BadRecording(f"cannot be decoded ({missing}{error}); convert it to WAV or FLAC") from error
+    if wav_CS.shape[-1] == 0:
+        raise BadRecording(f"has no audio at {start_sec} s; make the manifest anew with scripts/make_manifest.py")
+    if duration_sec is not None:
+        wav_CS = wav_CS[:, : round(duration_sec * SAMPLE_RATE_HZ)]
+    return np.ascontiguousarray(wav_CS, dtype=np.float32)

@@ -1,0 +1,137 @@
+"""A dataset: checked recordings, cut into windows, each of which can be read as a Clip."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from finetune import distributed
+from finetune.data.audio import read_window
+from finetune.data.manifest import Recording, Source, check_channels, check_recordings, read_sources
+from finetune.data.transcript import read_transcript
+from finetune.data.types import SAMPLE_RATE_HZ, BadRecording, Clip
+from finetune.errors import UserError
+
+OnError = Literal["fail", "skip"]
+logger = logging.getLogger("parley")
+
+
+@dataclass(frozen=True)
+class Window:
+    recording: Recording
+    start_sec: float
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Windows of `duration_sec` of every recording of every source."""
+
+    key: str
+    """The configuration key that named the data."""
+    duration_sec: float
+    min_channels: int
+    """1 where the model hears one voice, 2 where it takes part in a dialogue."""
+    on_error: OnError
+    weights: Sequence[float]
+    windows: Sequence[Sequence[Window]]
+    """By source."""
+
+    @classmethod
+    def open(
+        cls,
+        spec: str,
+        key: str,
+        *,
+        duration_sec: float,
+        min_channels: int,
+        min_duration_sec: float,
+        on_error: OnError,
+        num_workers: int,
+    ) -> "Dataset":
+        """Read manifests and check every file's header and transcript. All ranks must call it together.
+
+        A window that is shorter than `min_duration_sec`, at the end of a file, is left out.
+
+        Raises:
+            UserError: a manifest is wrong, a file is bad and `on_error` is `fail`, or nothing is left.
+        """
+        sources = read_sources(spec, key)
+        recordings = [recording for source in sources for recording in source.recordings]
+        problems: dict[int, str] = {}
+        if distributed.is_main():  # one rank asks the file system, the others are told
+            problems = check_recordings(recordings, min_channels, min_duration_sec, num_workers)
+        problems = distributed.from_main(problems)
+        _report(problems, key, on_error)
+        bad = {id(recordings[index]) for index in problems}
+        windows = [_cut(source, bad, duration_sec, min_duration_sec) for source in sources]
+        for source, cut in zip(sources, windows, strict=True):
+            if not cut:
+                raise UserError(f"{key}: {source.name}: no usable recording is left; see the lines above")
+        weights = [source.weight for source in sources]
+        return cls(key, duration_sec, min_channels, on_error, weights, windows)
+
+    @property
+    def num_windows(self) -> int:
+        return sum(len(windows) for windows in self.windows)
+
+    def read(self, window: Window) -> Clip:
+        """Read one window; an empty clip stands for a bad file under `on_error: skip`.
+
+        Raises:
+            UserError: the file is bad and `on_error` is `fail`.
+        """
+        recording = window.recording
+        try:
+            wav_CS = read_window(recording.path, window.start_sec, self._length_sec(window))
+            check_channels(len(wav_CS), self.min_channels)
+            transcript = read_transcript(recording.path)
+        except BadRecording as problem:
+            line = f"{recording.place}: {recording.path}: {problem}"
+            if self.on_error == "fail":
+                raise UserError(_failure(self.key, line)) from problem
+            if distributed.once(f"bad recording {recording.path}"):
+                logger.error("skipped: %s: %s", self.key, line)
+            return self.empty_clip()
+        return Clip(
+            wav_CS=wav_CS,
+            words=transcript.window(window.start_sec, self.duration_sec),
+            path=str(recording.path),
+            start_sec=window.start_sec,
+            duration_sec=self.duration_sec,
+            conditions=transcript.conditions,
+        )
+
+    def empty_clip(self) -> Clip:
+        """A window with nothing in it: no code, no weight."""
+        silence = np.zeros((self.min_channels, 0), dtype=np.float32)
+        return Clip(silence, words=(), path="", start_sec=0.0, duration_sec=self.duration_sec)
+
+    def _length_sec(self, window: Window) -> float:
+        return min(self.duration_sec, window.recording.duration_sec - window.start_sec)
+
+
+def _cut(source: Source, bad: set[int], duration_sec: float, min_duration_sec: float) -> list[Window]:
+    windows = []
+    for recording in source.recordings:
+        if id(recording) in bad:
+            continue
+        # Counted in samples: sums of seconds such as 0.1 drift.
+        step = round(duration_sec * SAMPLE_RATE_HZ)
+        last = round((recording.duration_sec - min_duration_sec) * SAMPLE_RATE_HZ)
+        windows += [Window(recording, start / SAMPLE_RATE_HZ) for start in range(0, last + 1, step)]
+    return windows
+
+
+def _report(problems: dict[int, str], key: str, on_error: OnError) -> None:
+    lines = list(problems.values())
+    if lines and on_error == "fail":
+        more = f" (and {len(lines) - 1} more bad files)" if len(lines) > 1 else ""
+        raise UserError(_failure(key, lines[0]) + more)
+    for line in lines:
+        logger.warning("skipped: %s: %s", key, line)
+
+
+def _failure(key: str, line: str) -> str:
+    return f"{key}: {line}, or set data.on_error: skip"

@@ -1,0 +1,95 @@
+"""The types that travel: Clip (audio and words), Sample and Batch (codes and loss weights).
+
+Shape legend: B batch, K streams (row 0 text, rows 1.. audio codebooks), T frames, C channels, S samples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+ABSENT = -1  # nothing is fed and nothing is predicted here; moshi's LMModel.zero_token_id
+SAMPLE_RATE_HZ = 24_000
+
+
+class BadRecording(Exception):
+    """A recording that cannot be trained on. The message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """One spoken word; times count from the start of the clip that holds it."""
+
+    text: str
+    start_sec: float
+    end_sec: float
+    speaker: str
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A window of a recording with the words spoken in it. No tokens, no model."""
+
+    wav_CS: np.ndarray
+    """float32 at 24 kHz; as long as the recording lasts inside the window, so possibly shorter than it."""
+    words: Sequence[Word]
+    path: str
+    start_sec: float
+    """Where the window starts in its file."""
+    duration_sec: float
+    """Length of the window; the audio may end before it does."""
+    conditions: dict[str, str] = field(default_factory=dict)
+    """Text conditions of the whole recording, by conditioner name."""
+
+    @property
+    def audio_sec(self) -> float:
+        return self.wav_CS.shape[-1] / SAMPLE_RATE_HZ
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip as a model sees it."""
+
+    codes_KT: torch.Tensor
+    """int64; ABSENT where nothing is fed."""
+    loss_weight_KT: torch.Tensor
+    """float32; 0 where nothing is to be learned."""
+    audio_sec: float
+    conditions: dict[str, str] = field(default_factory=dict)
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side, on the CPU. One layout for all families."""
+
+    codes_BKT: torch.Tensor
+    loss_weight_BKT: torch.Tensor
+    segment_BT: torch.Tensor
+    """int64: which clip of its row a frame belongs to; -1 is padding."""
+    audio_sec: float
+    conditions: tuple[dict[str, str], ...] = ()
+    paths: tuple[str, ...] = ()
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples, padding the shorter ones with ABSENT."""
+    num_frames = max(sample.codes_KT.shape[1] for sample in samples)
+    num_streams = samples[0].codes_KT.shape[0]
+    codes_BKT = torch.full((len(samples), num_streams, num_frames), ABSENT, dtype=torch.int64)
+    loss_weight_BKT = torch.zeros(len(samples), num_streams, num_frames)
+    segment_BT = torch.full((len(samples), num_frames), -1, dtype=torch.int64)
+    for row, sample in enumerate(samples):
+        length = sample.codes_KT.shape[1]
+        codes_BKT[row, :, :length] = sample.codes_KT
+        loss_weight_BKT[row, :, :length] = sample.loss_weight_KT
+        segment_BT[row, :length] = torch.where((sample.codes_KT != ABSENT).any(0), 0, -1)
+    return Batch(
+        codes_BKT=codes_BKT,
+        loss_weight_BKT=loss_weight_BKT,
+        segment_BT=segment_BT,
+        audio_sec=sum(sample.audio_sec for sample in samples),
+        conditions=tuple(sample.conditions for sample in samples),
+        paths=tuple(sample.path for sample in samples),
+    )

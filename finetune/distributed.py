@@ -1,0 +1,120 @@
+"""Ranks, sums over ranks, and how a run ends: process-group set-up, main-rank logging, one error line."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from finetune.errors import UserError
+
+EXIT_USER_ERROR = 2
+# How long the silent ranks stay alive so that torchrun does not stop the one that is printing.
+_SILENT_RANK_GRACE_SEC = 5.0
+
+T = TypeVar("T")
+logger = logging.getLogger("parley")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """This process' device: its own GPU where CUDA works, the CPU elsewhere."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """NCCL on GPUs, gloo on CPUs. Without torchrun's variables the run is a world of one."""
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    if "RANK" not in os.environ:
+        os.environ.update(defaults)
+        store = dist.HashStore()
+    else:
+        store = None  # the environment names a rendezvous
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        backend = "gloo"
+    if store is None:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        all_sum(torch.zeros(1))
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks, in place; the tensor itself in a world of one."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_main(value: T) -> T:
+    """The main rank's value, on every rank. The value is pickled."""
+    if world_size() == 1:
+        return value
+    holder: list[T] = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+_said_here: set[str] = set()
+
+
+def once(message_key: str) -> bool:
+    """True on exactly one of the ranks that ask with a key, and the first time only."""
+    if not dist.is_initialized() or world_size() == 1:
+        first = message_key not in _said_here
+        _said_here.add(message_key)
+        return first and (dist.is_initialized() or is_main())
+    store = dist.distributed_c10d._get_default_store()
+    return store.add(f"parley/{message_key}", 1) == 1
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a UserError into one line on stderr, from one rank, and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        if once("error"):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_SILENT_RANK_GRACE_SEC)
+        # Not sys.exit: reader threads and the peers' collectives must not hold the process back.
+        sys.stdout.flush()
+        os._exit(EXIT_USER_ERROR)
+
+
+def set_up_logging() -> None:
+    """Messages of the main rank only; the others speak when something is wrong."""
+    level = logging.INFO if is_main() else logging.ERROR
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logger.setLevel(level)

@@ -1,0 +1,315 @@
+"""Moshi (https://arxiv.org/abs/2410.00037): full-duplex dialogue over two voices and a text stream.
+
+Shape legend: B batch, K streams (row 0 text, 1..dep_q the model's voice, then the user's), T frames.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import sentencepiece
+import torch
+from moshi.conditioners import ConditionAttributes
+from moshi.models import loaders
+from moshi.models.lm_utils import _delay_sequence
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+
+from finetune.codec import Codec
+from finetune.data.types import ABSENT, SAMPLE_RATE_HZ, Batch, Clip, Sample
+from finetune.errors import UserError
+from finetune.families.base import LossTerm, Weights
+from finetune.families.moshi_files import find_files, open_weights
+from finetune.text_stream import TextStreamRules, build_text_stream, num_frames_of
+from moshi_overrides.fsdp import allow_fully_shard
+from moshi_overrides.training_lm import TrainingLM
+
+# What evaluation counts a padding token, whatever the run trains with, so that runs compare: moshi-finetune's
+# default.
+EVAL_PADDING_WEIGHT = 0.5
+# Keys of config.json that are not arguments of LMModel (moshi's CheckpointInfo takes them out).
+_NOT_FOR_LM = ("lora", "lora_rank", "lora_scaling")
+
+
+@dataclass
+class MoshiArgs:
+    family: Literal["moshi"] = "moshi"
+    """Model family."""
+    hf_repo_id: str | None = "kyutai/moshiko-pytorch-bf16"
+    """Hub repository of the checkpoint; what the paths below do not give comes from it."""
+    path: str | None = None
+    """Local model folder with a `config.json`; wins over `hf_repo_id`."""
+    moshi_path: str | None = None
+    """Weights file, or `hf://owner/repo/file`; wins over `path`. So do the next four."""
+    mimi_path: str | None = None
+    """Codec file."""
+    mimi_config_path: str | None = None
+    """Codec architecture; default: Kyutai's Mimi."""
+    tokenizer_path: str | None = None
+    """SentencePiece model."""
+    config_path: str | None = None
+    """Model `config.json`."""
+    architecture: dict[str, Any] | None = None
+    """A model of one's own: keyword arguments of moshi's `LMModel`, over those of Moshi 7B. It is made untrained
+    in `path` on first use, with the codec of `mimi_path` and the tokenizer of `tokenizer_path`."""
+    first_codebook_weight_multiplier: float = 1.0
+    """Loss weight of the first (semantic) codebook against 1 for the others."""
+    text_padding_weight: float = 0.5
+    """Loss weight of padding and end-of-padding tokens against 1 for words."""
+    keep_main_only: bool = True
+    """Text stream: the words of SPEAKER_MAIN alone."""
+    keep_and_shift: bool = False
+    """Text stream: a word that starts too early queues instead of cutting the last one off."""
+    use_bos_eos: bool = False
+    """Text stream: mark turns with BOS and EOS; needs `keep_main_only: false`."""
+    audio_delay: float = 0.0
+    """Text stream: seconds by which text leads the audio; negative: frames at the start without text."""
+
+    def __post_init__(self) -> None:
+        for name in ("first_codebook_weight_multiplier", "text_padding_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is negative")
+        if self.use_bos_eos and self.keep_main_only:
+            raise ValueError("use_bos_eos: true needs keep_main_only: false, which it would mark the turns of")
+        if self.architecture is not None and self.path is None:
+            raise ValueError("architecture: the new model needs a folder; set model.path")
+
+
+class MoshiFamily:
+    """Moshi and its relatives (Hibiki, one-way and conditioned models): any LMModel of the moshi package."""
+
+    Args = MoshiArgs
+
+    def __init__(self, args: MoshiArgs, device: torch.device):
+        self._args = args
+        self._open_files = ExitStack()
+        self._info, self._addresses = find_files(args)
+        config = self._info.raw_config or loaders._lm_kwargs
+        if config.get("lora"):
+            remedy = "merge it first (save_adapters: false) or start from its base"
+            raise UserError(f"model: the config describes an adapter (lora: true); {remedy}")
+        self._config: dict[str, Any] = {key: config[key] for key in config if key not in _NOT_FOR_LM}
+        self._lm_kwargs = _lm_kwargs(self._info.lm_config or loaders._lm_kwargs)
+        self._n_q, self._dep_q = self._lm_kwargs["n_q"], self._lm_kwargs["dep_q"]
+        self._delays: list[int] = self._lm_kwargs["delays"]
+        self._codec = Codec(self._load_mimi(device))
+        self._tokenizer = _load_tokenizer(self._info.tokenizer)
+        self.frame_size = self._codec.frame_size
+        self.min_channels = 2 if 0 < self._dep_q < self._n_q else 1
+        self.terms = [LossTerm("text", slice(0, 1))]
+        if self._dep_q:
+            self.terms.append(LossTerm("audio", slice(1, 1 + self._dep_q)))
+        self._rules = TextStreamRules(
+            frame_rate_hz=SAMPLE_RATE_HZ / self.frame_size,
+            padding_id=self._lm_kwargs.get("existing_text_padding_id", 3),
+            end_of_padding_id=self._lm_kwargs.get("existing_text_end_padding_id", 0),
+            keep_main_only=args.keep_main_only,
+            keep_and_shift=args.keep_and_shift,
+            use_bos_eos=args.use_bos_eos,
+            audio_delay_sec=args.audio_delay,
+        )
+
+    @classmethod
+    def prepare(cls, args: MoshiArgs, seed: int) -> Path | None:
+        """Write an untrained model into `args.path`, if it describes one that is not there yet."""
+        if args.architecture is None or args.path is None or (Path(args.path) / "config.json").exists():
+            return None
+        return write_untrained(args, args.architecture, Path(args.path), seed)
+
+    def create(self, device: torch.device) -> nn.Module:
+        """A TrainingLM in float32."""
+        kwargs = copy.deepcopy(self._lm_kwargs)  # moshi's conditioner factories write into it
+        if "conditioners" in kwargs:
+            kwargs["condition_provider"] = loaders.get_conditioner_provider(kwargs["dim"], device, kwargs)
+            del kwargs["conditioners"]
+        if kwargs.get("fuser") is not None:
+            kwargs["fuser"] = loaders.get_condition_fuser(kwargs)
+        try:
+            model = TrainingLM(device=device, dtype=torch.float32, **kwargs)
+        except (TypeError, AssertionError, ValueError) as error:
+            raise UserError(f"model: moshi refuses this architecture ({error}); mend config.json") from error
+        allow_fully_shard(model)
+        return model
+
+    def weights(self) -> Weights:
+        """The base checkpoint."""
+        steps = 1
+        if self._lm_kwargs.get("depformer_weights_per_step"):
+            schedule = self._lm_kwargs.get("depformer_weights_per_step_schedule")
+            steps = max(schedule) + 1 if schedule else self._dep_q
+        return open_weights(self._info.moshi_weights, steps, self._open_files)
+
+    def tokenize(
+        self, clips: Sequence[Clip], generators: Sequence[np.random.Generator], *, evaluation: bool = False
+    ) -> list[Sample]:
+        """Codes of both voices below the text stream; the user's voice is heard, not predicted."""
+        num_samples = max(round(clip.duration_sec * SAMPLE_RATE_HZ) for clip in clips)
+        voices = [wav for clip in clips for wav in self._voices(clip)]
+        codes_NKT = self._codec.encode(voices, num_samples)
+        per_clip = len(voices) // len(clips)
+        return [
+            self._sample(clip, codes_NKT[index * per_clip : (index + 1) * per_clip], evaluation)
+            for index, clip in enumerate(clips)
+        ]
+
+    def nll(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """One forward pass over the frames that have a target."""
+        device = model.device
+        weight_BKT = batch.loss_weight_BKT
+        # A delayed stream's target of frame t stands at frame t + delay of the model's sequence.
+        nowhere_BK1 = torch.zeros_like(weight_BKT[..., :1])
+        has_target_BKT = _delay_sequence(self._delays, weight_BKT, nowhere_BK1) > 0
+        text_rows = _some_rows(has_target_BKT[:, 0])
+        audio_rows = _some_rows(has_target_BKT[:, 1 : 1 + self._dep_q].any(1))
+        nll_BKT = model(
+            batch.codes_BKT.to(device, non_blocking=True),
+            text_rows.to(device, non_blocking=True),
+            audio_rows.to(device, non_blocking=True),
+            self._prepare_conditions(model, batch),
+        )
+        predicted_BKT = weight_BKT[:, : nll_BKT.shape[1]].to(device, non_blocking=True) > 0
+        nll_BKT = torch.where(predicted_BKT, nll_BKT, 0.0)
+        return F.pad(nll_BKT, (0, 0, 0, weight_BKT.shape[1] - nll_BKT.shape[1]))
+
+    def embeddings(self, model: nn.Module) -> list[nn.Module]:
+        """Input embeddings of both transformers."""
+        tables = [model.text_emb, *model.emb]
+        return tables + ([model.depformer_text_emb, *model.depformer_emb] if self._dep_q else [])
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Everything, in one group, as in moshi-finetune."""
+        return [{"params": list(model.parameters())}]
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The layers of both transformers."""
+        return [*model.transformer.layers, *(model.depformer.layers if self._dep_q else [])]
+
+    def export_config(self, lora: dict[str, Any] | None) -> dict[str, Any]:
+        """What `python -m moshi.server --config-path` reads. Files are named by where they really are."""
+        return {**self._config, **self._addresses, "lora": lora is not None, **(lora or {})}
+
+    def _load_mimi(self, device: torch.device) -> Any:
+        num_codebooks = max(self._dep_q, self._n_q - self._dep_q)
+        try:
+            mimi = loaders.get_mimi(self._info.mimi_weights, self._info.mimi_config, device, num_codebooks)
+        except Exception as error:  # whatever a wrong file or architecture makes moshi say
+            where = f"model.mimi_path: {self._info.mimi_weights}"
+            raise UserError(f"{where}: not the codec its config describes ({error}); check both files") from error
+        if mimi.num_codebooks != num_codebooks or mimi.cardinality != self._lm_kwargs["card"]:
+            has = f"{mimi.total_codebooks} codebooks of {mimi.cardinality}"
+            needs = f"{num_codebooks} of {self._lm_kwargs['card']}"
+            raise UserError(f"model: the codec has {has}, the model needs {needs}; use the model's own codec")
+        return mimi
+
+    def _voices(self, clip: Clip) -> list[np.ndarray]:
+        """The channels that the model has codebooks for: its own voice (left), the user's (right)."""
+        left, right = clip.wav_CS[0], clip.wav_CS[-1]
+        return ([left] if self._dep_q else []) + ([right] if self._n_q > self._dep_q else [])
+
+    def _sample(self, clip: Clip, voice_codes: torch.Tensor, evaluation: bool) -> Sample:
+        own = voice_codes[0, : self._dep_q]
+        heard = voice_codes[-1, : self._n_q - self._dep_q]
+        num_present = num_frames_of(clip.wav_CS.shape[-1], self.frame_size)
+        text = torch.full((1, own.shape[1]), ABSENT)
+        text[0, :num_present] = torch.tensor(
+            build_text_stream(clip.words, num_present, self._tokenizer, self._rules), dtype=torch.int64
+        )
+        codes_KT = torch.cat([text, own, heard])
+        return Sample(
+            codes_KT=codes_KT,
+            loss_weight_KT=self._loss_weights(codes_KT, evaluation),
+            audio_sec=clip.audio_sec,
+            conditions=clip.conditions,
+            path=clip.path,
+        )
+
+    def _loss_weights(self, codes_KT: torch.Tensor, evaluation: bool) -> torch.Tensor:
+        args = self._args
+        weight_KT = (codes_KT != ABSENT).float()
+        weight_KT[1 + self._dep_q :] = 0.0  # the user's voice
+        is_padding_T = torch.isin(codes_KT[0], torch.tensor(sorted(self._rules.padding_ids)))
+        weight_KT[0, is_padding_T] *= EVAL_PADDING_WEIGHT if evaluation else args.text_padding_weight
+        if self._dep_q and not evaluation:
+            weight_KT[1] *= args.first_codebook_weight_multiplier
+        num_frames = codes_KT.shape[1]
+        for row, delay in enumerate(self._delays):
+            weight_KT[row, max(0, num_frames - delay) :] = 0.0  # the delay moves them past the window's end
+        return weight_KT
+
+    def _prepare_conditions(self, model: nn.Module, batch: Batch) -> dict[str, Any] | None:
+        if model.condition_provider is None:
+            return None
+        names = model.condition_provider.text_conditions
+        attributes = [
+            ConditionAttributes(text={name: conditions.get(name) for name in names})
+            for conditions in batch.conditions
+        ]
+        return model.condition_provider.prepare(attributes)
+
+
+def write_untrained(args: MoshiArgs, architecture: dict[str, Any], folder: Path, seed: int) -> Path:
+    """Write a model folder: config.json, random weights in bfloat16, codec and tokenizer.
+
+    Raises:
+        UserError: a file is missing or the architecture is none.
+    """
+    for key in ("mimi_path", "tokenizer_path"):
+        path = getattr(args, key)
+        if path is None or not Path(path).is_file():
+            raise UserError(f"model.{key}: {path}: no such file; a new model needs its codec and tokenizer")
+    mimi_config = json.loads(Path(args.mimi_config_path).read_text()) if args.mimi_config_path else None
+    derived = {
+        "card": (mimi_config or loaders._mimi_config)["quantizer"]["bins"],
+        "text_card": _load_tokenizer(Path(args.tokenizer_path)).vocab_size(),
+    }
+    kwargs = {**loaders._lm_kwargs, **derived, **architecture}
+    torch.manual_seed(seed)
+    try:
+        model = loaders.get_moshi_lm(None, copy.deepcopy(kwargs), dtype=torch.float32)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.architecture: moshi refuses it ({error}); see moshi's LMModel") from error
+    temporary = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    config = dict(kwargs)
+    sources = {"mimi_name": args.mimi_path, "mimi_config_name": args.mimi_config_path}
+    for key, source in {**sources, "tokenizer_name": args.tokenizer_path}.items():
+        if source is not None:
+            shutil.copyfile(source, temporary / Path(source).name)
+            config[key] = Path(source).name
+    save_file(
+        {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()},
+        temporary / loaders.MOSHI_NAME,
+    )
+    (temporary / "config.json").write_text(json.dumps(config, indent=2))
+    temporary.rename(folder)
+    return folder
+
+
+def _lm_kwargs(config: dict[str, Any]) -> dict[str, Any]:
+    """LMModel's arguments, out of a config that may hold adapters and older spellings (moshi's loader)."""
+    kwargs = {key: value for key, value in config.items() if key not in _NOT_FOR_LM}
+    kwargs.pop("depformer_causal", None)
+    if "demux_second_stream" in kwargs:
+        kwargs["demux_second_text_stream"] = kwargs.pop("demux_second_stream")
+    return kwargs
+
+
+def _load_tokenizer(path: Path | None) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(str(path))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"model.tokenizer_path: {path}: not a SentencePiece model ({error})") from error
+
+
+def _some_rows(mask_BT: torch.Tensor) -> torch.Tensor:
+    """Flat indices where the mask is set; at least one, since every rank must run every layer."""
+    rows = mask_BT.flatten().nonzero().flatten()
+    return rows if len(rows) else torch.zeros(1, dtype=torch.int64)

@@ -1,0 +1,163 @@
+"""moshi 0.2.13's `LMModel` for training; generation stays moshi's own.
+
+Replaced: `forward`, which gives negative log-likelihoods instead of logits. Differences: frames without a target
+are dropped before the Depformer and the heads, targets are shifted rather than logits, logits exist for one
+chunk of rows at a time, and the Depformer runs step by step over contiguous rows (`layers.py`). The numbers are
+those of moshi (`tests/test_moshi_parity.py`).
+
+Shape legend: B batch, K streams (row 0 text, then audio), T frames, D width, N rows (frames that have a target).
+"""
+
+from typing import Any
+
+import torch
+from moshi.conditioners import ConditionTensors
+from moshi.models.lm import LMModel
+from moshi.models.lm_utils import _delay_sequence, _undelay_sequence
+from moshi.modules.transformer import StreamingTransformer, create_sin_embedding
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from moshi_overrides.attention import Rotation, apply_norm, window_mask
+from moshi_overrides.layers import DepformerLayer, TrainingLayer
+
+# Logits in one chunk: 256 MB in float32. A smaller matrix is kept for the backward pass, larger ones are made
+# again there.
+MAX_LOGITS = 1 << 26
+
+
+class TrainingLM(LMModel):
+    """Moshi with a training forward. Parameters and their names are moshi's."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(layer_class=TrainingLayer, depformer_layer_class=DepformerLayer, **kwargs)
+
+    def forward(  # type: ignore[override]
+        self,
+        codes_BKT: torch.Tensor,
+        text_rows: torch.Tensor,
+        audio_rows: torch.Tensor,
+        prepared_conditions: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Negative log-likelihoods [B, 1 + dep_q, T] in nats, float32, zero outside the rows asked for.
+
+        Args:
+            codes_BKT: int64 codes before any delay; -1 is absent.
+            text_rows: indices into the flattened [B, T] of delayed frames whose text is predicted.
+            audio_rows: the same for the audio codebooks.
+            prepared_conditions: what the condition provider's `prepare` returned.
+        """
+        batch_size, _, num_frames = codes_BKT.shape
+        start_BK1 = self._get_initial_token().expand(batch_size, -1, -1)
+        delayed_BKT = _delay_sequence(self.delays, codes_BKT, start_BK1)
+        inputs_BKT = torch.cat([start_BK1, delayed_BKT[..., :-1]], dim=-1)
+        hidden_BTD = self._temporal(inputs_BKT, prepared_conditions)
+        hidden_ND = hidden_BTD.flatten(0, 1)
+        # Where a delay or an absent code leaves no target any valid one will do: it has no weight.
+        targets_BKT = _delay_sequence(self.delays, codes_BKT, torch.zeros_like(start_BK1))
+        targets_KN = targets_BKT.transpose(0, 1).flatten(1).clamp(min=0)
+        text_nll = token_nll(hidden_ND[text_rows], self.text_linear, targets_KN[0, text_rows])
+        empty_KN = text_nll.new_zeros(1 + self.dep_q, len(hidden_ND))
+        nll_KN = empty_KN[:1].index_copy(1, text_rows, text_nll[None])
+        if self.dep_q > 0:
+            audio_nll_KN = self._depth(hidden_ND[audio_rows], delayed_BKT, targets_KN, audio_rows)
+            nll_KN = torch.cat([nll_KN, empty_KN[1:].index_copy(1, audio_rows, audio_nll_KN)])
+        nll_BKT = nll_KN.unflatten(1, (batch_size, num_frames)).transpose(0, 1)
+        nll_BKT, _ = _undelay_sequence(self.delays[: 1 + self.dep_q], nll_BKT, fill_value=0.0)
+        return nll_BKT
+
+    def _temporal(self, inputs_BKT: torch.Tensor, prepared_conditions: dict[str, Any] | None) -> torch.Tensor:
+        """The temporal transformer's normalised output [B, T, D]."""
+        x_BTD = self.text_emb(inputs_BKT[:, 0])
+        for codebook, embedding in enumerate(self.emb):
+            x_BTD = x_BTD + embedding(inputs_BKT[:, self.audio_offset + codebook])
+        sum_condition, cross_attention_src = self._conditions(prepared_conditions)
+        if sum_condition is not None:
+            x_BTD = x_BTD + sum_condition.to(x_BTD)
+        compute_dtype = self.text_linear.weight.dtype
+        x_BTD = x_BTD.to(compute_dtype)
+        if cross_attention_src is not None:
+            cross_attention_src = cross_attention_src.to(compute_dtype)
+        x_BTD = add_positions(self.transformer, x_BTD)
+        rotation = rotation_of(self.transformer, x_BTD.shape[1], x_BTD.device)
+        mask = window_mask(x_BTD.shape[1], self.context, x_BTD.device)
+        for layer in self.transformer.layers:
+            x_BTD = layer(x_BTD, cross_attention_src, rotation, mask)
+        return apply_norm(self.out_norm, x_BTD)
+
+    def _conditions(
+        self, prepared: dict[str, Any] | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What is summed onto the input, and what cross-attention looks at."""
+        if self.fuser is None:
+            return None, None
+        conditions: ConditionTensors = self.condition_provider(prepared)
+        return self.fuser.get_sum(conditions), self.fuser.get_cross(conditions)
+
+    def _depth(
+        self,
+        hidden_ND: torch.Tensor,
+        delayed_BKT: torch.Tensor,
+        targets_KN: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Negative log-likelihoods [dep_q, N] of the audio codebooks of some frames."""
+        tokens_KN = delayed_BKT.transpose(0, 1).flatten(1)[: self.dep_q, rows]
+        x_KND = torch.stack([self._depth_input(k, tokens, hidden_ND) for k, tokens in enumerate(tokens_KN)])
+        x_KND = x_KND.to(hidden_ND.dtype)
+        x_KND = add_positions(self.depformer, x_KND.transpose(0, 1)).transpose(0, 1)
+        rotation = rotation_of(self.depformer, self.dep_q, x_KND.device)
+        for layer in self.depformer.layers:
+            x_KND = layer(x_KND, rotation=rotation)
+        nll = [
+            token_nll(apply_norm(norm, x_ND), head, targets_KN[1 + k, rows])
+            for k, (x_ND, norm, head) in enumerate(
+                zip(x_KND, self.depformer_norms, self.linears, strict=True)
+            )
+        ]
+        return torch.stack(nll)
+
+    def _depth_input(self, step: int, tokens_N: torch.Tensor, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Input of one codebook step: the last token's embedding and the projected temporal output."""
+        embedding = self.depformer_text_emb if step == 0 else self.depformer_emb[step - 1]
+        schedule = self.depformer_weights_per_step_schedule
+        index = 0 if not self.depformer_multi_linear else step if schedule is None else schedule[step]
+        return embedding(tokens_N) + self.depformer_in[index](hidden_ND)
+
+
+def token_nll(hidden_ND: torch.Tensor, head: nn.Module, target_N: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy [N] in float32 of a head's predictions, by chunks of at most MAX_LOGITS logits."""
+    vocabulary = head.weight.shape[0]
+    rows_per_chunk = max(1, MAX_LOGITS // vocabulary)
+
+    def chunk_nll(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head(hidden).float(), target, reduction="none")
+
+    if len(hidden_ND) <= rows_per_chunk:
+        return chunk_nll(hidden_ND, target_N)
+    chunks = zip(hidden_ND.split(rows_per_chunk), target_N.split(rows_per_chunk), strict=True)
+    return torch.cat([checkpoint(chunk_nll, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def add_positions(transformer: StreamingTransformer, x_BTD: torch.Tensor) -> torch.Tensor:
+    """Sinusoidal positions, where a transformer has them."""
+    if transformer.positional_embedding not in ("sin", "sin_rope"):
+        return x_BTD
+    positions = torch.arange(x_BTD.shape[1], device=x_BTD.device).view(1, -1, 1)
+    embedding = create_sin_embedding(
+        positions, x_BTD.shape[2], max_period=transformer.max_period, dtype=x_BTD.dtype
+    )
+    return x_BTD + transformer.positional_scale * embedding
+
+
+def rotation_of(
+    transformer: StreamingTransformer, num_positions: int, device: torch.device
+) -> Rotation | None:
+    """Rotary positions, where a transformer has them."""
+    rope = transformer.rope
+    if rope is None:
+        return None
+    attention = transformer.layers[0].self_attn
+    head_dim = attention.embed_dim // attention.num_heads
+    return Rotation(num_positions, head_dim, rope.max_period, rope.interleave, device)

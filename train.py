@@ -1,0 +1,246 @@
+"""Fine-tune a speech-text model: `torchrun --nproc-per-node 1 -m train example/quickstart.yaml [--key=value …]`."""
+
+import logging
+import os
+import shutil
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+from torch import nn
+
+from finetune import args as configuration
+from finetune import distributed
+from finetune.args import TrainArgs
+from finetune.checkpoint import Checkpointer
+from finetune.data.dataset import Dataset
+from finetune.data.loader import Loader
+from finetune.errors import UserError
+from finetune.evaluate import evaluate
+from finetune.families import args_class, family_class
+from finetune.families.base import Family
+from finetune.lora import adapter_parameters, add_adapters
+from finetune.loss import denominators, local_loss, stream_sums
+from finetune.metrics import Meter, Report
+from finetune.optim import LossScale, build_optimizer, build_schedule, clip_gradients
+from finetune.parallel import (
+    build_mesh,
+    choose_strategy,
+    compute_dtype,
+    materialize,
+    prepare_blocks,
+    reduce_gradients,
+    set_param_dtypes,
+    shard,
+)
+
+logger = logging.getLogger("parley")
+
+
+def train(args: TrainArgs) -> None:
+    """config → family → data → loop → checkpoint."""
+    device = distributed.device()
+    dtype = compute_dtype(args.param_dtype, device)
+    torch.manual_seed(args.seed + distributed.rank())  # dropout; weights and data have seeds of their own
+    open_run_dir(args)
+
+    family = build_family(args, device)
+    loader = build_loader(args, family, evaluation=False)
+    eval_loader = build_loader(args, family, evaluation=True) if args.do_eval else None
+    model, groups = build_model(args, family, dtype, device)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = build_optimizer(groups, args.optim)
+    schedule = build_schedule(optimizer, args.optim, args.max_steps)
+    loss_scale = LossScale(dtype)
+    checkpointer = build_checkpointer(args, family, dtype)
+    meter = Meter(family.terms, device)
+    best_eval_loss = float("inf")
+
+    model.train()
+    with Report(args) as report, closing(iter(loader)) as batches:
+        for step in range(1, args.max_steps + 1):
+            is_last = step == args.max_steps
+            microbatches = [next(batches) for _ in range(args.num_microbatches)]
+            lr = schedule.get_last_lr()[0]
+            accumulate_gradients(model, family, microbatches, loss_scale.value, meter, device)
+            reduce_gradients(parameters)
+            norm = clip_gradients(parameters, args.max_norm, loss_scale.value)
+            if loss_scale.accepts(norm):
+                optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            meter.end_step()
+
+            if is_last or every(step, args.log_freq):
+                record = meter.read()
+                eta_sec = (args.max_steps - step) * record["step_sec"]
+                extra = {"lr": lr, "grad_norm": norm.item(), "eta_sec": eta_sec}
+                report.log("train", step, record | extra)
+
+            is_best = False
+            if eval_loader is not None and (is_last or every(step, args.eval_freq)):
+                losses = evaluate(model, family, eval_loader, args.eval_batches, device)
+                report.log("eval", step, losses)
+                is_best = losses["loss"] < best_eval_loss
+                best_eval_loss = min(best_eval_loss, losses["loss"])
+
+            due = is_last or every(step, args.ckpt_freq) or (is_best and args.save_best)
+            if checkpointer is not None and due:
+                checkpointer.save(model, step, is_best)
+
+
+def accumulate_gradients(
+    model: nn.Module, family: Family, microbatches: list[Any], scale: float, meter: Meter, device: torch.device
+) -> None:
+    """Forward and backward of every microbatch; the gradients sum to those of the step's loss times `scale`."""
+    term_denominators = denominators(microbatches, family.terms)
+    # Ranks average their gradients, in FSDP as in reduce_gradients, and the loss is a sum over ranks.
+    scale *= distributed.world_size()
+    for batch in microbatches:
+        loss_weight_BKT = batch.loss_weight_BKT.to(device, non_blocking=True)
+        nll_BKT = family.nll(model, batch)
+        loss = local_loss(nll_BKT, loss_weight_BKT, family.terms, term_denominators)
+        (loss * scale).backward()
+        meter.add(batch, stream_sums(nll_BKT, loss_weight_BKT))
+
+
+def every(step: int, frequency: int) -> bool:
+    """Whether something that happens every so many steps happens now; never at 0."""
+    return frequency > 0 and step % frequency == 0
+
+
+def open_run_dir(args: TrainArgs) -> None:
+    """Make the run's folder and write the configuration into it; a used one is refused or emptied."""
+    run_dir = Path(args.run_dir)
+    problem = None
+    if distributed.is_main():  # the only rank that touches the folder
+        try:
+            if run_dir.exists() and any(run_dir.iterdir()):
+                if not args.overwrite_run_dir:
+                    raise UserError(
+                        f"run_dir: {run_dir} holds a run already; choose another or set overwrite_run_dir: true"
+                    )
+                shutil.rmtree(run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            configuration.save(args, run_dir / "args.yaml")
+        except OSError as error:
+            problem = f"run_dir: {run_dir} cannot be written ({error.strerror}); choose another"
+        except UserError as error:
+            problem = str(error)
+    problem = distributed.from_main(problem)
+    if problem is not None:
+        raise UserError(problem)
+    logger.info("run_dir: %s, ranks: %d", run_dir, distributed.world_size())
+
+
+def build_family(args: TrainArgs, device: torch.device) -> Family:
+    """The family, whose untrained model is made first if the configuration describes one."""
+    cls = family_class(args.model.family)
+    problem = None
+    if distributed.is_main():
+        try:
+            made = cls.prepare(args.model, args.seed)
+            if made is not None:
+                logger.info("made an untrained model in %s", made)
+        except UserError as error:
+            problem = str(error)
+    problem = distributed.from_main(problem)
+    if problem is not None:
+        raise UserError(problem)
+    return cls(args.model, device)
+
+
+def build_loader(args: TrainArgs, family: Family, *, evaluation: bool) -> Loader:
+    """Batches for training, without end, or one pass over the evaluation data."""
+    spec = args.data.eval_data if evaluation else args.data.train_data
+    assert spec is not None
+    key = "data.eval_data" if evaluation else "data.train_data"
+    dataset = Dataset.open(
+        spec,
+        key,
+        duration_sec=args.duration_sec,
+        min_channels=family.min_channels,
+        min_duration_sec=family.frame_size / 24_000,
+        on_error=args.data.on_error,
+        num_workers=args.data.num_workers,
+    )
+    logger.info("%s: %d windows of %g s", key, dataset.num_windows, args.duration_sec)
+    return Loader(
+        dataset,
+        partial(family.tokenize, evaluation=evaluation),
+        batch_size=args.batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=args.seed,
+        shuffle=args.data.shuffle,
+        once=evaluation,
+        num_workers=args.data.num_workers,
+        prefetch_batches=args.data.prefetch_batches,
+    )
+
+
+def build_model(
+    args: TrainArgs, family: Family, dtype: torch.dtype, device: torch.device
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The model, spread over the ranks and loaded, and AdamW's parameter groups."""
+    model = family.create(torch.device("meta"))
+    if args.finetuning == "lora":
+        add_adapters(model, args.lora)
+
+    def groups() -> list[dict[str, Any]]:
+        if args.finetuning == "full":
+            return family.param_groups(model)
+        tables = family.embeddings(model) if args.lora.ft_embed else []
+        embeddings = [table.weight for table in tables]
+        return [{"params": adapter_parameters(model) + embeddings}]
+
+    set_param_dtypes(model, [parameter for group in groups() for parameter in group["params"]], dtype)
+    blocks = family.blocks(model)
+    prepare_blocks(blocks, compile=args.compile, recompute=args.gradient_checkpointing)
+    strategy = choose_strategy(args.parallel, model, dtype, device)
+    if strategy != "ddp":
+        shard(model, blocks, build_mesh(strategy, args.parallel, device), dtype)
+    materialize(model, family.weights(), device, args.seed)
+    trained = sum(p.numel() for group in groups() for p in group["params"])
+    total = sum(p.numel() for p in model.parameters())
+    logger.info(
+        "training %.2f of %.2f million parameters, computing in %s, spread by %s",
+        trained / 1e6, total / 1e6, str(dtype).removeprefix("torch."), strategy,
+    )  # fmt: skip
+    return model, groups()
+
+
+def build_checkpointer(args: TrainArgs, family: Family, dtype: torch.dtype) -> Checkpointer | None:
+    """The writer of checkpoints, unless the run saves none."""
+    if not args.do_ckpt:
+        return None
+    return Checkpointer(
+        Path(args.run_dir),
+        family,
+        lora=args.lora if args.finetuning == "lora" else None,
+        adapters_only=args.save_adapters,
+        dtype=dtype,
+        num_keep=args.num_ckpt_keep,
+    )
+
+
+@fire.decorators.SetParseFn(str)
+def main(config: str, **overrides: str) -> None:
+    """Run one configuration.
+
+    Args:
+        config: path of the YAML file.
+        overrides: any key of it, dotted: --optim.lr=1e-5 --data.train_data=talks.jsonl
+    """
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with distributed.process_group(), distributed.one_line_errors():
+        distributed.set_up_logging()
+        train(configuration.load(config, overrides, args_class))
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
