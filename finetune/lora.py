@@ -55,9 +55,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What an adapter trains."""
-    return [
-        half.weight for layer in adapted_layers(model).values() for half in (layer.lora_A, layer.lora_B)
-    ]
+    return [half.weight for layer in adapted_layers(model).values() for half in (layer.lora_A, layer.lora_B)]
 
 
 def initial_adapter_weight(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
@@ -73,8 +71,6 @@ def initial_adapter_weight(name: str, shape: torch.Size, seed: int) -> torch.Ten
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def merged_weight(
-    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float
-) -> torch.Tensor:
+def merged_weight(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> torch.Tensor:
     """The adapted layer as one weight, in float32; the caller rounds it, once."""
     return weight.float() + scaling * (lora_b.float() @ lora_a.float())

@@ -43,9 +43,7 @@ def set_param_dtypes(model: nn.Module, trained: Iterable[nn.Parameter], dtype: t
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
-def choose_strategy(
-    args: ParallelArgs, model: nn.Module, dtype: torch.dtype, device: torch.device
-) -> Strategy:
+def choose_strategy(args: ParallelArgs, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Strategy:
     """Settle `auto`, and refuse what cannot be.
 
     Replication needs that every trained parameter computes in float32 or is an adapter, which casts itself.
@@ -77,9 +75,7 @@ def prepare_blocks(blocks: Sequence[nn.Module], *, compile: bool, recompute: boo
         block.forward = forward  # type: ignore[method-assign]
 
 
-def shard(
-    model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, dtype: torch.dtype
-) -> None:
+def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Apply FSDP2 to every block and to what is left around them."""
     # Inputs are cast by the models themselves: rotary angles must stay in float32.
     policy = MixedPrecisionPolicy(
@@ -132,9 +128,7 @@ def _local_rows(parameter: torch.Tensor) -> tuple[int, int, torch.Tensor]:
     if not isinstance(parameter, DTensor):
         return 0, parameter.shape[0] if parameter.dim() else 1, parameter
     local = parameter.to_local()
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return offset[0], offset[0] + shape[0], local
 
 

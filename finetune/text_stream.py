@@ -81,9 +81,7 @@ def build_text_stream(
     return stream
 
 
-def _tokenize(
-    words: Iterable[Word], tokenizer: TextTokenizer, rules: TextStreamRules
-) -> Iterator[_SpokenTokens]:
+def _tokenize(words: Iterable[Word], tokenizer: TextTokenizer, rules: TextStreamRules) -> Iterator[_SpokenTokens]:
     previous_speaker = None
     for word in words:
         if rules.keep_main_only and word.speaker != MAIN_SPEAKER:

@@ -36,9 +36,7 @@ class Rotation:
         interleaved: pairs are neighbours; otherwise the halves of a head.
     """
 
-    def __init__(
-        self, num_positions: int, head_dim: int, max_period: float, interleaved: bool, device: torch.device
-    ):
+    def __init__(self, num_positions: int, head_dim: int, max_period: float, interleaved: bool, device: torch.device):
         rates = torch.arange(head_dim // 2, device=device, dtype=torch.float32)
         rates = torch.exp(rates * (-math.log(max_period) * 2 / head_dim))
         angles = torch.arange(num_positions, device=device, dtype=torch.float32)[:, None] * rates

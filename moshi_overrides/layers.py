@@ -56,9 +56,7 @@ class TrainingLayer(StreamingTransformerLayer):
             q, k = rotation(q), rotation(k)
         return self.self_attn.out_projs[0](attend(q, k, v, mask, is_causal=True))
 
-    def _cross_attention_block(
-        self, x_BTD: torch.Tensor, cross_attention_src: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _cross_attention_block(self, x_BTD: torch.Tensor, cross_attention_src: torch.Tensor | None) -> torch.Tensor:
         attention = self.cross_attention
         assert attention is not None
         assert cross_attention_src is not None
@@ -106,10 +104,7 @@ class DepformerLayer(TrainingLayer):
             return self._ff_block(x_KND)
         normed_KND = apply_norm(self.norm2, x_KND)
         update_KND = torch.stack(
-            [
-                gated_feed_forward(self.gating[self._weights_of(step)], x_ND)
-                for step, x_ND in enumerate(normed_KND)
-            ]
+            [gated_feed_forward(self.gating[self._weights_of(step)], x_ND) for step, x_ND in enumerate(normed_KND)]
         )
         return x_KND + self.layer_scale_2(update_KND)
 

@@ -86,9 +86,7 @@ class TrainingLM(LMModel):
             x_BTD = layer(x_BTD, cross_attention_src, rotation, mask)
         return apply_norm(self.out_norm, x_BTD)
 
-    def _conditions(
-        self, prepared: dict[str, Any] | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _conditions(self, prepared: dict[str, Any] | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What is summed onto the input, and what cross-attention looks at."""
         if self.fuser is None:
             return None, None
@@ -112,9 +110,7 @@ class TrainingLM(LMModel):
             x_KND = layer(x_KND, rotation=rotation)
         nll = [
             token_nll(apply_norm(norm, x_ND), head, targets_KN[1 + k, rows])
-            for k, (x_ND, norm, head) in enumerate(
-                zip(x_KND, self.depformer_norms, self.linears, strict=True)
-            )
+            for k, (x_ND, norm, head) in enumerate(zip(x_KND, self.depformer_norms, self.linears, strict=True))
         ]
         return torch.stack(nll)
 
@@ -145,15 +141,11 @@ def add_positions(transformer: StreamingTransformer, x_BTD: torch.Tensor) -> tor
     if transformer.positional_embedding not in ("sin", "sin_rope"):
         return x_BTD
     positions = torch.arange(x_BTD.shape[1], device=x_BTD.device).view(1, -1, 1)
-    embedding = create_sin_embedding(
-        positions, x_BTD.shape[2], max_period=transformer.max_period, dtype=x_BTD.dtype
-    )
+    embedding = create_sin_embedding(positions, x_BTD.shape[2], max_period=transformer.max_period, dtype=x_BTD.dtype)
     return x_BTD + transformer.positional_scale * embedding
 
 
-def rotation_of(
-    transformer: StreamingTransformer, num_positions: int, device: torch.device
-) -> Rotation | None:
+def rotation_of(transformer: StreamingTransformer, num_positions: int, device: torch.device) -> Rotation | None:
     """Rotary positions, where a transformer has them."""
     rope = transformer.rope
     if rope is None:

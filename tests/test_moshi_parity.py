@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import CPU, make_moshi, moshi_args
 from moshi.conditioners import ConditionAttributes
 from moshi.models import loaders
 from moshi.modules.lora import LoRALinear as UpstreamLoRALinear
@@ -11,7 +12,6 @@ from moshi.modules.lora import replace_all_linear_with_lora
 from torch import nn
 from torch.nn import functional as F
 
-from conftest import CPU, make_moshi, moshi_args
 from finetune.args import LoraArgs
 from finetune.data.types import ABSENT, Batch
 from finetune.families.moshi import MoshiFamily
@@ -83,9 +83,7 @@ def reference_loss(model: nn.Module, batch: Batch, first_codebook: float, paddin
     conditions = None
     if model.condition_provider is not None:
         names = model.condition_provider.text_conditions
-        attributes = [
-            ConditionAttributes(text={name: given.get(name) for name in names}) for given in batch.conditions
-        ]
+        attributes = [ConditionAttributes(text={name: given.get(name) for name in names}) for given in batch.conditions]
         conditions = model.condition_provider.prepare_and_provide(attributes)
     if model.dep_q == 0:
         return reference_text_loss_without_depformer(model, batch, padding)
@@ -138,9 +136,7 @@ def test_loss_and_gradients_equal_moshis(variant, tmp_path):
     torch.testing.assert_close(loss, reference, rtol=1e-6, atol=1e-6)
     loss.backward()
     reference.backward()
-    for (name, parameter), (_, expected) in zip(
-        ours.named_parameters(), theirs.named_parameters(), strict=True
-    ):
+    for (name, parameter), (_, expected) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         got = parameter.grad if parameter.grad is not None else torch.zeros(())
         want = expected.grad if expected.grad is not None else torch.zeros(())
         torch.testing.assert_close(got, want.expand_as(got), rtol=1e-4, atol=1e-6, msg=name)
@@ -152,7 +148,7 @@ def test_adapter_gradients_equal_moshis(variant, tmp_path):
     family, ours, theirs = load_pair(folder)
     add_adapters(ours, LoraArgs(rank=3, scaling=1.5))
     replace_all_linear_with_lora(theirs, 3, 1.5)
-    for (name, parameter) in ours.named_parameters():
+    for name, parameter in ours.named_parameters():
         if "lora" in name:
             nn.init.normal_(parameter, std=0.1)
     layers = {n: m for n, m in theirs.named_modules() if isinstance(m, UpstreamLoRALinear)}

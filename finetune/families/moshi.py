@@ -248,8 +248,7 @@ class MoshiFamily:
             return None
         names = model.condition_provider.text_conditions
         attributes = [
-            ConditionAttributes(text={name: conditions.get(name) for name in names})
-            for conditions in batch.conditions
+            ConditionAttributes(text={name: conditions.get(name) for name in names}) for conditions in batch.conditions
         ]
         return model.condition_provider.prepare(attributes)
 

@@ -123,7 +123,9 @@ def _from_hub(repo: str, key: str, get: Any) -> Any:
         remedy = "check the network, or download the files and set model.path"
         raise UserError(f"{key}: {repo}: the hub cannot be reached and the files are not cached; {remedy}") from error
     except HFValidationError as error:
-        raise UserError(f"{key}: {repo!r} is neither a hub repo nor a folder; a local folder goes to model.path") from error
+        raise UserError(
+            f"{key}: {repo!r} is neither a hub repo nor a folder; a local folder goes to model.path"
+        ) from error
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[-1]
         remedy = "check the name; for a gated repo accept its terms on its page and run `hf auth login`"
