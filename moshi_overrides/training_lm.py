@@ -67,6 +67,12 @@ class TrainingLM(LMModel):
         nll_BKT, _ = _undelay_sequence(self.delays[: 1 + self.dep_q], nll_BKT, fill_value=0.0)
         return nll_BKT
 
+    def forward_text(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """moshi's own, for streaming; outside it the layers want the positions that `forward` gives them."""
+        if not self.is_streaming:
+            raise RuntimeError("TrainingLM trains through forward() and generates through moshi's LMGen")
+        return super().forward_text(*args, **kwargs)
+
     def _temporal(self, inputs_BKT: torch.Tensor, prepared_conditions: dict[str, Any] | None) -> torch.Tensor:
         """The temporal transformer's normalised output [B, T, D]."""
         x_BTD = self.text_emb(inputs_BKT[:, 0])
