@@ -45,7 +45,7 @@ def train(args: TrainArgs) -> None:
     device = distributed.device()
     dtype = compute_dtype(args.param_dtype, device)
     torch.manual_seed(args.seed + distributed.rank())  # dropout; weights and data have seeds of their own
-    open_run_dir(args)
+    distributed.on_main_rank(open_run_dir, args)
 
     family = build_family(args, device)
     loader = build_loader(args, family, evaluation=False)
@@ -115,41 +115,24 @@ def every(step: int, frequency: int) -> bool:
 def open_run_dir(args: TrainArgs) -> None:
     """Make the run's folder and write the configuration into it; a used one is refused or emptied."""
     run_dir = Path(args.run_dir)
-    problem = None
-    if distributed.is_main():  # the only rank that touches the folder
-        try:
-            if run_dir.exists() and any(run_dir.iterdir()):
-                if not args.overwrite_run_dir:
-                    raise UserError(
-                        f"run_dir: {run_dir} holds a run already; choose another or set overwrite_run_dir: true"
-                    )
-                shutil.rmtree(run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            configuration.save(args, run_dir / "args.yaml")
-        except OSError as error:
-            problem = f"run_dir: {run_dir} cannot be written ({error.strerror}); choose another"
-        except UserError as error:
-            problem = str(error)
-    problem = distributed.from_main(problem)
-    if problem is not None:
-        raise UserError(problem)
+    try:
+        if run_dir.exists() and any(run_dir.iterdir()):
+            if not args.overwrite_run_dir:
+                raise UserError(f"run_dir: {run_dir} holds a run; choose another or set overwrite_run_dir: true")
+            shutil.rmtree(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        configuration.save(args, run_dir / "args.yaml")
+    except OSError as error:
+        raise UserError(f"run_dir: {run_dir} cannot be written ({error.strerror}); choose another") from error
     logger.info("run_dir: %s, ranks: %d", run_dir, distributed.world_size())
 
 
 def build_family(args: TrainArgs, device: torch.device) -> Family:
     """The family, whose untrained model is made first if the configuration describes one."""
     cls = family_class(args.model.family)
-    problem = None
-    if distributed.is_main():
-        try:
-            made = cls.prepare(args.model, args.seed)
-            if made is not None:
-                logger.info("made an untrained model in %s", made)
-        except UserError as error:
-            problem = str(error)
-    problem = distributed.from_main(problem)
-    if problem is not None:
-        raise UserError(problem)
+    made = distributed.on_main_rank(cls.prepare, args.model, args.seed)
+    if made is not None:
+        logger.info("made an untrained model in %s", made)
     return cls(args.model, device)
 
 
@@ -235,7 +218,7 @@ def main(config: str, **overrides: str) -> None:
         config: path of the YAML file.
         overrides: any key of it, dotted: --optim.lr=1e-5 --data.train_data=talks.jsonl
     """
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation on GPUs
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with distributed.process_group(), distributed.one_line_errors():
         distributed.set_up_logging()

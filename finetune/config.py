@@ -29,8 +29,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}; give the path of a YAML file") from error
     except yaml.YAMLError as error:
-        place = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        problem = getattr(error, "problem", None) or "cannot be read"
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        place = f" line {mark.line + 1}" if mark else ""
+        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else "cannot be read"
         raise UserError(f"config {path}{place}: not YAML: {problem}") from error
     if not isinstance(raw, dict):
         raise UserError(f"config {path}: holds {_kind(raw)}, not keys and values; see example/quickstart.yaml")

@@ -29,8 +29,7 @@ def draw_losses(run_dir: Path) -> Path | None:
         axes.plot(*zip(*points, strict=True), color=color, label=f"{label} (training)")
         points = [(record["step"], record[name]) for record in evaluation if name in record]
         if points:
-            style = {"marker": "o", "linestyle": ":", "markersize": 5}
-            axes.plot(*zip(*points, strict=True), color=color, label=f"{label} (evaluation)", **style)
+            axes.plot(*zip(*points, strict=True), "o:", color=color, label=f"{label} (evaluation)", markersize=5)
     axes.set(xlabel="step", ylabel="nats per token", title=run_dir.name, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

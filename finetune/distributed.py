@@ -4,9 +4,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -58,10 +58,9 @@ def process_group() -> Iterator[None]:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Not after an exception: with the other ranks inside a collective it would wait for them.
+    dist.destroy_process_group()
 
 
 def barrier() -> None:
@@ -76,13 +75,23 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def from_main(value: T) -> T:
-    """The main rank's value, on every rank. The value is pickled."""
-    if world_size() == 1:
-        return value
-    holder: list[T] = [value]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]
+def on_main_rank(function: Callable[..., T], *args: object) -> T:
+    """Call a function on the main rank alone; every rank gets its value, or its UserError.
+
+    For what touches shared files. The value is pickled.
+    """
+    outcome: list[tuple[T | None, str | None]] = [(None, None)]
+    if is_main():
+        try:
+            outcome = [(function(*args), None)]
+        except UserError as error:
+            outcome = [(None, str(error))]
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    value, problem = outcome[0]
+    if problem is not None:
+        raise UserError(problem)
+    return cast(T, value)
 
 
 _said_here: set[str] = set()

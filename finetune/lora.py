@@ -53,7 +53,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+def adapter_parameters(model: nn.Module) -> list[torch.Tensor]:
     """What an adapter trains."""
     return [half.weight for layer in adapted_layers(model).values() for half in (layer.lora_A, layer.lora_B)]
 

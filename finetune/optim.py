@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
@@ -41,13 +40,13 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: OptimArgs, max_steps:
     return LambdaLR(optimizer, factor)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: float = 1.0) -> torch.Tensor:
+def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float, scale: float = 1.0) -> torch.Tensor:
     """Divide gradients by `scale`, clip their global norm, and return the norm before clipping.
 
     Every rank must call it: with sharded gradients the norm is a collective. 0 turns clipping off.
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in with_gradient]
+    gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
     if scale != 1.0:
         torch._foreach_div_(gradients, scale)
     norm = torch.nn.utils.get_total_norm(gradients)

@@ -35,7 +35,7 @@ def compute_dtype(param_dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def set_param_dtypes(model: nn.Module, trained: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+def set_param_dtypes(model: nn.Module, trained: Iterable[torch.Tensor], dtype: torch.dtype) -> None:
     """Freeze all but `trained`; what is trained is float32, the rest computes in its own type."""
     trained_ids = {id(parameter) for parameter in trained}
     for parameter in model.parameters():
@@ -72,7 +72,7 @@ def prepare_blocks(blocks: Sequence[nn.Module], *, compile: bool, recompute: boo
             forward = torch.compile(forward)
         if recompute:
             forward = functools.partial(checkpoint, forward, use_reentrant=False)
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, dtype: torch.dtype) -> None:
@@ -132,7 +132,7 @@ def _local_rows(parameter: torch.Tensor) -> tuple[int, int, torch.Tensor]:
     return offset[0], offset[0] + shape[0], local
 
 
-def reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def reduce_gradients(parameters: Iterable[torch.Tensor]) -> None:
     """Average the gradients of replicated parameters over all ranks; sharded ones were reduced already."""
     world_size = distributed.world_size()
     if world_size == 1:

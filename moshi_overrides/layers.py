@@ -25,7 +25,7 @@ from moshi_overrides.attention import (
 class TrainingLayer(StreamingTransformerLayer):
     """A layer of the temporal transformer."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x_BTD: torch.Tensor,
         cross_attention_src: torch.Tensor | None = None,

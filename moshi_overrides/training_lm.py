@@ -33,7 +33,7 @@ class TrainingLM(LMModel):
     def __init__(self, **kwargs: Any):
         super().__init__(layer_class=TrainingLayer, depformer_layer_class=DepformerLayer, **kwargs)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         codes_BKT: torch.Tensor,
         text_rows: torch.Tensor,
@@ -128,9 +128,9 @@ class TrainingLM(LMModel):
         return embedding(tokens_N) + self.depformer_in[index](hidden_ND)
 
 
-def token_nll(hidden_ND: torch.Tensor, head: nn.Module, target_N: torch.Tensor) -> torch.Tensor:
+def token_nll(hidden_ND: torch.Tensor, head: nn.Linear, target_N: torch.Tensor) -> torch.Tensor:
     """Cross-entropy [N] in float32 of a head's predictions, by chunks of at most MAX_LOGITS logits."""
-    vocabulary = head.weight.shape[0]
+    vocabulary = head.out_features
     rows_per_chunk = max(1, MAX_LOGITS // vocabulary)
 
     def chunk_nll(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

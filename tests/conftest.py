@@ -9,7 +9,6 @@ from pathlib import Path
 
 os.environ.setdefault("NO_TORCH_COMPILE", "1")  # moshi compiles small pieces lazily: 25 s against 1 s
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 import pytest
 import torch
@@ -32,6 +31,20 @@ TINY = {
     "depformer_num_heads": 2,
     "depformer_num_layers": 2,
 }
+
+
+def pytest_configure(config):
+    """GPUs are for `pytest -m gpu`; everything else runs, and agrees, on the CPU."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device (GPU tests run with -m gpu)")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

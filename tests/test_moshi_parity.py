@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conftest import CPU, make_moshi, moshi_args
 from moshi.conditioners import ConditionAttributes
 from moshi.models import loaders
 from moshi.modules.lora import LoRALinear as UpstreamLoRALinear
@@ -12,6 +11,7 @@ from moshi.modules.lora import replace_all_linear_with_lora
 from torch import nn
 from torch.nn import functional as F
 
+from conftest import CPU, make_moshi, moshi_args
 from finetune.args import LoraArgs
 from finetune.data.types import ABSENT, Batch
 from finetune.families.moshi import MoshiFamily

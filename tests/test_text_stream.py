@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from conftest import QUICKSTART
 
+from conftest import QUICKSTART
 from finetune.data.types import ABSENT, Word
 from finetune.text_stream import TextStreamRules, build_text_stream
 

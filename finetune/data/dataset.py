@@ -59,10 +59,8 @@ class Dataset:
         """
         sources = read_sources(spec, key)
         recordings = [recording for source in sources for recording in source.recordings]
-        problems: dict[int, str] = {}
-        if distributed.is_main():  # one rank asks the file system, the others are told
-            problems = check_recordings(recordings, min_channels, min_duration_sec, num_workers)
-        problems = distributed.from_main(problems)
+        # One rank asks the file system, the others are told.
+        problems = distributed.on_main_rank(check_recordings, recordings, min_channels, min_duration_sec, num_workers)
         _report(problems, key, on_error)
         bad = {id(recordings[index]) for index in problems}
         windows = [_cut(source, bad, duration_sec, min_duration_sec) for source in sources]

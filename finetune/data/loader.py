@@ -4,7 +4,7 @@ import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +70,7 @@ class Loader:
         """Batches of one pass over the data."""
         return -(-self._dataset.num_windows // (self._batch_size * self._world_size))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         for share, batch in _ahead(self._tokenized, self._prefetch_batches):
             self._state = share.state
             yield batch
@@ -83,23 +83,24 @@ class Loader:
         self._state = state
 
     def _shares(self) -> Iterator[_Share]:
-        draws: Iterable[Draw | None]
-        if self._once:
-            draws = (
-                Draw(source, window, 0)
-                for source, windows in enumerate(self._dataset.windows)
-                for window in range(len(windows))
-            )
-            num_rounds = len(self)
-            draws = itertools.chain(draws, itertools.repeat(None))
-        else:
-            self._order.load_state_dict(self._state)
-            draws, num_rounds = self._order, None
-        draws = iter(draws)
-        for _ in itertools.count() if num_rounds is None else range(num_rounds):
-            round_ = list(itertools.islice(draws, self._world_size * self._batch_size))
-            start = self._rank * self._batch_size
+        per_round = self._world_size * self._batch_size
+        start = self._rank * self._batch_size
+        draws, rounds = self._draws()
+        for _ in rounds:
+            round_ = list(itertools.islice(draws, per_round))
             yield _Share(round_[start : start + self._batch_size], self._order.state_dict())
+
+    def _draws(self) -> tuple[Iterator[Draw | None], Iterable[int]]:
+        """The draws of all ranks, without end, and a count of the rounds to make of them."""
+        if not self._once:
+            self._order.load_state_dict(self._state)
+            return self._order, itertools.count()
+        everything = (
+            Draw(source, window, epoch=0)
+            for source, windows in enumerate(self._dataset.windows)
+            for window in range(len(windows))
+        )
+        return itertools.chain(everything, itertools.repeat(None)), range(len(self))
 
     def _tokenized(self, stopped: threading.Event) -> Iterator[tuple[_Share, Batch]]:
         """Runs in the background: keeps clips in the making and tokenises those of the oldest batch."""

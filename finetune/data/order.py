@@ -55,8 +55,9 @@ class DrawOrder:
     def _epoch_order(self, source: int, epoch: int) -> np.ndarray:
         cached = self._permutations.get(source)
         if cached is None or cached[0] != epoch:
-            indices = np.arange(self._num_windows[source])
+            indices: np.ndarray = np.arange(self._num_windows[source])
             if self._shuffle:
-                indices = np.random.default_rng([self._seed, source, epoch]).permutation(indices)
-            self._permutations[source] = cached = (epoch, indices)
+                np.random.default_rng([self._seed, source, epoch]).shuffle(indices)
+            self._permutations[source] = (epoch, indices)
+            return indices
         return cached[1]

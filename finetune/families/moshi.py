@@ -123,7 +123,7 @@ class MoshiFamily:
             return None
         return write_untrained(args, args.architecture, Path(args.path), seed)
 
-    def create(self, device: torch.device) -> nn.Module:
+    def create(self, device: torch.device) -> TrainingLM:
         """A TrainingLM in float32."""
         kwargs = copy.deepcopy(self._lm_kwargs)  # moshi's conditioner factories write into it
         if "conditioners" in kwargs:
@@ -159,7 +159,7 @@ class MoshiFamily:
             for index, clip in enumerate(clips)
         ]
 
-    def nll(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def nll(self, model: TrainingLM, batch: Batch) -> torch.Tensor:
         """One forward pass over the frames that have a target."""
         device = model.device
         weight_BKT = batch.loss_weight_BKT
@@ -178,16 +178,16 @@ class MoshiFamily:
         nll_BKT = torch.where(predicted_BKT, nll_BKT, 0.0)
         return F.pad(nll_BKT, (0, 0, 0, weight_BKT.shape[1] - nll_BKT.shape[1]))
 
-    def embeddings(self, model: nn.Module) -> list[nn.Module]:
+    def embeddings(self, model: TrainingLM) -> list[nn.Module]:
         """Input embeddings of both transformers."""
         tables = [model.text_emb, *model.emb]
-        return tables + ([model.depformer_text_emb, *model.depformer_emb] if self._dep_q else [])
+        return [*tables, model.depformer_text_emb, *model.depformer_emb] if self._dep_q else tables
 
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def param_groups(self, model: TrainingLM) -> list[dict[str, Any]]:
         """Everything, in one group, as in moshi-finetune."""
         return [{"params": list(model.parameters())}]
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
+    def blocks(self, model: TrainingLM) -> list[nn.Module]:
         """The layers of both transformers."""
         return [*model.transformer.layers, *(model.depformer.layers if self._dep_q else [])]
 
@@ -243,7 +243,7 @@ class MoshiFamily:
             weight_KT[row, max(0, num_frames - delay) :] = 0.0  # the delay moves them past the window's end
         return weight_KT
 
-    def _prepare_conditions(self, model: nn.Module, batch: Batch) -> dict[str, Any] | None:
+    def _prepare_conditions(self, model: TrainingLM, batch: Batch) -> dict[str, Any] | None:
         if model.condition_provider is None:
             return None
         names = model.condition_provider.text_conditions
@@ -266,7 +266,7 @@ def write_untrained(args: MoshiArgs, architecture: dict[str, Any], folder: Path,
     mimi_config = json.loads(Path(args.mimi_config_path).read_text()) if args.mimi_config_path else None
     derived = {
         "card": (mimi_config or loaders._mimi_config)["quantizer"]["bins"],
-        "text_card": _load_tokenizer(Path(args.tokenizer_path)).vocab_size(),
+        "text_card": _load_tokenizer(args.tokenizer_path).vocab_size(),
     }
     kwargs = {**loaders._lm_kwargs, **derived, **architecture}
     torch.manual_seed(seed)
@@ -301,7 +301,7 @@ def _lm_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _load_tokenizer(path: Path | None) -> sentencepiece.SentencePieceProcessor:
+def _load_tokenizer(path: Path | str | None) -> sentencepiece.SentencePieceProcessor:
     try:
         return sentencepiece.SentencePieceProcessor(str(path))
     except (OSError, RuntimeError) as error:
