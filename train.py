@@ -90,6 +90,7 @@ def train(args: TrainArgs) -> None:
             due = is_last or every(step, args.ckpt_freq) or (is_best and args.save_best)
             if checkpointer is not None and due:
                 checkpointer.save(model, step, is_best)
+    logger.info("done: the losses are drawn in %s", Path(args.run_dir) / "loss.png")
 
 
 def accumulate_gradients(

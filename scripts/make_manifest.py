@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import sphn
@@ -34,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not readable:
         return complain(f"{folder}: none of its {len(found)} audio files can be decoded")
     write_manifest(output, readable)
-    total_sec = sum(sec for _, sec in readable)
-    print(f"{output}: {len(readable)} files, {total_sec / 3600:.2f} hours")
+    total = timedelta(seconds=round(sum(sec for _, sec in readable)))
+    print(f"{output}: {len(readable)} files, {total} (h:mm:ss)")
     return 1 if bad else 0
 
 

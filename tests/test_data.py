@@ -1,4 +1,4 @@
-"""From manifests to batches: what is read, in which order, by which rank, and what bad files do."""
+"""Manifests, transcripts, windows and audio of any kind; what bad files do. Order and batches: test_loader.py."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from finetune.data.audio import read_window
 from finetune.data.dataset import Dataset
 from finetune.data.manifest import read_sources
 from finetune.data.transcript import Transcript, read_transcript
-from finetune.data.types import BadRecording, Word
+from finetune.data.types import BadRecording, Clip, Word
 from finetune.errors import UserError
 
 KEY = "data.train_data"
@@ -262,3 +262,124 @@ def test_a_silent_window_of_a_file_with_speech_is_no_error(tmp_path):
     sphn.write_wav(str(tmp_path / "a.wav"), wav_CS, 24_000)
     dataset = open_dataset(write_manifest(tmp_path / "m.jsonl", {"a.wav": 1.0}))
     assert not dataset.read(dataset.windows[0][0]).wav_CS[0].any()
+
+
+# Bad files
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Make folder/bad.wav one of the files that nobody can train on."""
+    path = folder / "bad.wav"
+    write_recording(path)
+    if how == "missing":
+        path.unlink()
+    elif how in ("mono", "three_channels"):
+        write_audio(path, volumes=(0.5,) if how == "mono" else (0.5, 0.5, 0.5))
+    elif how == "short":
+        write_audio(path, 0.05)
+    elif how == "shorter_than_listed":
+        write_audio(path, 0.8)
+    elif how == "undecodable":
+        path.write_text("this is no audio " * 100)
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "no_transcript":
+        path.with_suffix(".json").unlink()
+    elif how == "broken_transcript":
+        path.with_suffix(".json").write_text('{"alignments": [["a", 0.1]]}')
+    elif how == "silent":
+        write_audio(path, volumes=(0.0, 0.5))
+    else:  # cut off, under a header that promises the whole
+        write_audio(path, rate_hz=24_000 if how == "cut" else 44_100)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 4 // 10])
+
+
+KNOWN_AT_START = {
+    "missing": "no such file; mend the path",
+    "mono": "mono, but the model hears two speakers; make it stereo",
+    "three_channels": "has 3 channels; keep two",
+    "short": "shorter than one frame (0.08 s); remove the line",
+    "shorter_than_listed": "lasts 0.80 s, not 1.00 s; make the manifest anew",
+    "undecodable": "cannot be decoded",
+    "empty": "cannot be decoded",
+    "no_transcript": "no transcript bad.json beside it; annotate",
+    "broken_transcript": "transcript bad.json is not understood",
+}
+KNOWN_WHEN_READ = {
+    "silent": "channel is silent throughout; swap the channels",
+    "cut": "make the manifest anew",
+    "cut_44100": "make the manifest anew",
+}
+
+
+@pytest.fixture
+def talks(tmp_path):
+    """A manifest of a good file, room for a bad one in line 2, and another good one."""
+    write_recording(tmp_path / "good.wav")
+    write_recording(tmp_path / "fine.wav")
+    return write_manifest(tmp_path / "talks.jsonl", {"good.wav": 1.0, "bad.wav": 1.0, "fine.wav": 1.0})
+
+
+def read_all(dataset: Dataset) -> list[Clip]:
+    return [dataset.read(window) for window in dataset.windows[0]]
+
+
+def check_line(line: str, folder: Path, says: str) -> None:
+    assert f"{KEY}: talks.jsonl line 2: {folder / 'bad.wav'}: " in line
+    assert says in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("how", [*KNOWN_AT_START, *KNOWN_WHEN_READ])
+def test_a_bad_file_stops_the_run_by_default(how, talks, tmp_path):
+    spoil(tmp_path, how)
+    if how in KNOWN_AT_START:
+        with pytest.raises(UserError) as refused:
+            open_dataset(talks)
+        check_line(str(refused.value), tmp_path, KNOWN_AT_START[how])
+    else:
+        dataset = open_dataset(talks)
+        with pytest.raises(UserError) as refused:
+            read_all(dataset)
+        check_line(str(refused.value), tmp_path, KNOWN_WHEN_READ[how])
+    assert str(refused.value).endswith("set data.on_error: skip")
+
+
+@pytest.mark.parametrize("how", KNOWN_AT_START)
+def test_under_skip_a_file_known_to_be_bad_is_reported_once_and_left_out(how, talks, tmp_path, caplog):
+    spoil(tmp_path, how)
+    with caplog.at_level(logging.WARNING, "parley"):
+        clips = read_all(open_dataset(talks, on_error="skip"))
+    assert [Path(clip.path).name for clip in clips] == ["good.wav"] * 2 + ["fine.wav"] * 2
+    assert len(caplog.messages) == 1
+    check_line(caplog.messages[0], tmp_path, KNOWN_AT_START[how])
+
+
+@pytest.mark.parametrize("how", KNOWN_WHEN_READ)
+def test_under_skip_a_file_found_bad_when_read_becomes_empty_clips(how, talks, tmp_path, caplog):
+    spoil(tmp_path, how)
+    dataset = open_dataset(talks, on_error="skip")
+    with caplog.at_level(logging.WARNING, "parley"):
+        clips = [*read_all(dataset), *read_all(dataset)]
+    clip = clips[3]
+    assert (clip.path, clip.wav_CS.shape, list(clip.words), clip.duration_sec) == ("", (2, 0), [], 0.5)
+    assert [bool(clip.path) for clip in clips[:2] + clips[4:6]] == [True] * 4
+    assert len(caplog.messages) == 1
+    check_line(caplog.messages[0], tmp_path, KNOWN_WHEN_READ[how])
+
+
+def test_several_bad_files_are_counted(tmp_path):
+    spec = write_manifest(tmp_path / "m.jsonl", {"x.wav": 1.0, "y.wav": 1.0, "z.wav": 1.0})
+    with pytest.raises(UserError, match=r"m\.jsonl line 1: .*\(and 2 more bad files\)"):
+        open_dataset(spec)
+
+
+def test_nothing_left_stops_even_under_skip(tmp_path):
+    with pytest.raises(UserError, match=f"{KEY}: .*no usable recording is left"):
+        open_dataset(write_manifest(tmp_path / "m.jsonl", {"x.wav": 1.0}), on_error="skip")
+
+
+def test_mono_is_fine_for_a_model_of_one_voice(tmp_path):
+    write_recording(tmp_path / "a.wav", volumes=(0.5,))
+    dataset = open_dataset(write_manifest(tmp_path / "m.jsonl", {"a.wav": 1.0}), min_channels=1)
+    assert read_all(dataset)[0].wav_CS.shape == (1, 12_000)

@@ -1,6 +1,5 @@
 """scripts/make_manifest.py: what it lists, what it leaves out, and that training reads what it writes."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sphn
-from conftest import QUICKSTART, ROOT, read_lines
 
+from conftest import QUICKSTART, ROOT, read_lines
 from finetune.data.manifest import check_recording, read_sources
 
 SCRIPT = ROOT / "scripts" / "make_manifest.py"
@@ -68,13 +67,15 @@ def test_a_linked_recording_keeps_its_name_and_so_its_transcript(talks, tmp_path
     assert "c.wav" in [line["path"] for line in read_lines(talks / "data.jsonl")]
 
 
-def test_reads_flac(tmp_path):
-    name = "dialogue_001.flac"
-    (tmp_path / name).symlink_to(QUICKSTART / "dialogues" / "audio" / name)
+def test_reads_flac_and_mp3(tmp_path):
+    (tmp_path / "dialogue_001.flac").symlink_to(QUICKSTART / "dialogues" / "audio" / "dialogue_001.flac")
+    # 100 frames of silence: MPEG-1 layer 3, 128 kbit/s, 44.1 kHz, 1152 samples each.
+    (tmp_path / "silence.mp3").write_bytes((bytes([0xFF, 0xFB, 0x90, 0x00]) + bytes(413)) * 100)
     assert make_manifest(tmp_path).returncode == 0
-    (line,) = read_lines(tmp_path / "data.jsonl")
-    listed = [json.loads(text) for text in (QUICKSTART / "dialogues" / "train.jsonl").read_text().splitlines()]
-    assert line["duration"] == pytest.approx(listed[0]["duration"], abs=1e-6)
+    flac, mp3 = read_lines(tmp_path / "data.jsonl")
+    (listed,) = read_lines(QUICKSTART / "dialogues" / "eval.jsonl")
+    assert flac["duration"] == pytest.approx(listed["duration"], abs=1e-6)
+    assert mp3["duration"] == pytest.approx(100 * 1152 / 44_100, abs=0.05)
 
 
 def test_names_what_cannot_be_decoded_and_lists_the_rest(talks):

@@ -33,7 +33,7 @@ class DrawOrder:
         self._weights = np.asarray(weights)
         self._seed = seed
         self._shuffle = shuffle
-        self._drawn = np.zeros(len(self._num_windows), dtype=np.int64)
+        self._drawn: np.ndarray = np.zeros(len(self._num_windows), dtype=np.int64)
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
 
     def __iter__(self) -> "DrawOrder":
@@ -55,7 +55,7 @@ class DrawOrder:
     def _epoch_order(self, source: int, epoch: int) -> np.ndarray:
         cached = self._permutations.get(source)
         if cached is None or cached[0] != epoch:
-            indices: np.ndarray = np.arange(self._num_windows[source])
+            indices = np.arange(self._num_windows[source])
             if self._shuffle:
                 np.random.default_rng([self._seed, source, epoch]).shuffle(indices)
             self._permutations[source] = (epoch, indices)

@@ -1,0 +1,101 @@
+"""What every family must hold, whichever it is; a new family joins by a fixture in MAKERS."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from conftest import CPU, QUICKSTART, make_moshi, write_config
+from finetune import args as configuration
+from finetune.data.types import ABSENT
+from finetune.families import FAMILIES, args_class, family_class
+from finetune.families.base import Family
+
+MAKERS = {"moshi": make_moshi}
+"""Writes a tiny untrained model of a family into a folder."""
+
+
+def test_every_registered_family_is_covered():
+    assert MAKERS.keys() == FAMILIES.keys()
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def run(request, config, tmp_path):
+    """Settings, family, model and one batch of real speech."""
+    folder: Path = MAKERS[request.param](tmp_path / "model")
+    config["model"] = {"family": request.param, "hf_repo_id": None, "path": str(folder)}
+    config |= {"finetuning": "full", "gradient_checkpointing": False}
+    args = configuration.load(write_config(tmp_path, config), {}, args_class)
+    family = train.build_family(args, CPU)
+    model, groups = train.build_model(args, family, torch.float32, CPU)
+    batches = iter(train.build_loader(args, family, evaluation=False))
+    batch = next(batches)
+    batches.close()
+    return args, family, model, groups, batch
+
+
+def test_shapes_and_weights_belong_together(run):
+    _, family, model, _, batch = run
+    batch_size, num_streams, num_frames = batch.codes_BKT.shape
+    assert batch.loss_weight_BKT.shape == batch.codes_BKT.shape
+    assert batch.segment_BT.shape == (batch_size, num_frames)
+    assert (batch.loss_weight_BKT[batch.codes_BKT == ABSENT] == 0).all()
+    supervised = batch.loss_weight_BKT.sum((0, 2)) > 0
+    rows_of_terms = {row for term in family.terms for row in range(*term.rows.indices(num_streams))}
+    assert {row for row in range(num_streams) if supervised[row]} == rows_of_terms
+    nll_BKT = family.nll(model, batch)
+    assert nll_BKT.shape == batch.codes_BKT.shape
+    assert nll_BKT.isfinite().all()
+    assert ((nll_BKT > 0) == (batch.loss_weight_BKT > 0)).all()
+
+
+def test_nothing_is_predicted_from_itself_or_the_future(run):
+    """Changing a frame's codes moves no likelihood of an earlier frame, delays apart."""
+    _, family, model, _, batch = run
+    before = family.nll(model, batch).detach()
+    frame = batch.codes_BKT.shape[-1] // 2
+    batch.codes_BKT[:, :, frame:] = batch.codes_BKT[:, :, frame:].flip(-1)
+    after = family.nll(model, batch).detach()
+    untouched = slice(0, frame - 2)  # the longest delay of the families' tiny models
+    torch.testing.assert_close(after[..., untouched], before[..., untouched], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(after[..., frame:], before[..., frame:])
+
+
+def test_groups_cover_every_trained_parameter_once(run):
+    _, _, model, groups, _ = run
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+
+
+def test_blocks_are_modules_of_the_model_inner_ones_first(run):
+    _, family, model, _, _ = run
+    blocks = family.blocks(model)
+    assert blocks
+    order = {id(module): number for number, module in enumerate(model.modules())}
+    for outer_at, outer in enumerate(blocks):
+        assert id(outer) in order
+        inner = {id(module) for module in outer.modules()} - {id(outer)}
+        assert not inner & {id(block) for block in blocks[outer_at:]}
+
+
+def test_an_unknown_family_is_named_with_the_known_ones():
+    with pytest.raises(train.UserError, match=r"model\.family: 'nope' is not one of .*moshi"):
+        family_class("nope")
+
+
+def test_a_clip_without_audio_weighs_nothing(run):
+    args, family, _, _, _ = run
+    loader = train.build_loader(args, family, evaluation=True)
+    (sample,) = tokenize_empty(family, loader)
+    assert (sample.codes_KT == ABSENT).all()
+    assert (sample.loss_weight_KT == 0).all()
+
+
+def tokenize_empty(family: Family, loader) -> list:
+    return family.tokenize([loader._dataset.empty_clip()], [None])
+
+
+def test_the_quickstart_data_is_there():
+    assert (QUICKSTART / "dialogues" / "train.jsonl").is_file()

@@ -1,0 +1,84 @@
+"""Schedules, clipping, and adapters' initial weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from finetune.args import OptimArgs
+from finetune.lora import initial_adapter_weight
+from finetune.optim import build_optimizer, build_schedule, clip_gradients
+
+
+def learning_rates(schedule: str, max_steps: int = 100, pct_start: float = 0.1) -> tuple[list[float], list[float]]:
+    """Learning rate and beta1 that every step sees."""
+    args = OptimArgs(lr=1.0, schedule=schedule, pct_start=pct_start)
+    optimizer = build_optimizer([{"params": [nn.Parameter(torch.zeros(1))]}], args)
+    stepper = build_schedule(optimizer, args, max_steps)
+    rates, betas = [], []
+    for _ in range(max_steps):
+        rates.append(stepper.get_last_lr()[0])
+        betas.append(optimizer.param_groups[0]["betas"][0])
+        optimizer.step()
+        stepper.step()
+    return rates, betas
+
+
+def test_one_cycle_is_torchs_and_cycles_beta1():
+    rates, betas = learning_rates("one_cycle")
+    assert rates[0] == pytest.approx(1 / 25)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(1 / 250_000, rel=1e-3)
+    assert betas[0] == pytest.approx(0.95)
+    assert min(betas) == pytest.approx(0.85)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1, 1)]
+)
+def test_other_schedules_warm_up_and_leave_beta1(schedule, middle, last):
+    rates, betas = learning_rates(schedule)
+    assert rates[0] < rates[5] < rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(middle, abs=0.01)
+    assert rates[-1] == pytest.approx(last, abs=0.02)
+    assert set(betas) == {0.9}
+
+
+@pytest.mark.parametrize("pct_start", [0.0, 1.0])
+def test_no_warm_up_and_nothing_but_warm_up(pct_start):
+    for schedule in ("cosine", "linear", "constant"):
+        rates, _ = learning_rates(schedule, max_steps=3, pct_start=pct_start)
+        assert all(0 < rate <= 1 for rate in rates)
+
+
+def test_clipping_is_torchs_and_0_turns_it_off():
+    def gradients() -> list[nn.Parameter]:
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.zeros(3, 4)) for _ in range(3)]
+        for parameter in parameters[:2]:  # the third takes no part
+            parameter.grad = 10 * torch.randn(3, 4)
+        return parameters
+
+    ours, theirs = gradients(), gradients()
+    norm = clip_gradients(ours, 1.0)
+    assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, 1.0).item())
+    for mine, expected in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(mine.grad, expected.grad)
+    untouched = gradients()
+    before = [parameter.grad.clone() for parameter in untouched[:2]]
+    assert clip_gradients(untouched, 0.0) == pytest.approx(norm.item())
+    assert torch.equal(untouched[0].grad, before[0])
+    scaled = gradients()
+    for parameter in scaled[:2]:
+        parameter.grad *= 1024
+    assert clip_gradients(scaled, 0.0, scale=1024.0) == pytest.approx(norm.item())
+
+
+def test_adapters_start_as_nothing_and_alike_on_every_rank():
+    shape = torch.Size([4, 9])
+    first = initial_adapter_weight("a.lora_A.weight", shape, seed=1)
+    torch.rand(3)  # other use of the global generator changes nothing
+    assert torch.equal(first, initial_adapter_weight("a.lora_A.weight", shape, seed=1))
+    assert not torch.equal(first, initial_adapter_weight("b.lora_A.weight", shape, seed=1))
+    assert not torch.equal(first, initial_adapter_weight("a.lora_A.weight", shape, seed=2))
+    assert first.abs().max() <= 1 / 3
+    assert (initial_adapter_weight("a.lora_B.weight", shape, seed=1) == 0).all()
