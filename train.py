@@ -1,4 +1,10 @@
-"""Fine-tune a speech-text model: `torchrun --nproc-per-node 1 -m train example/quickstart.yaml [--key=value …]`."""
+"""Fine-tune a speech-text model.
+
+    torchrun --nproc-per-node 1 -m train CONFIG [--key=value …]
+
+CONFIG is a YAML file; any key of it can be given on the command line too, dotted:
+`--optim.lr=1e-5 --data.train_data=talks.jsonl`. README.md lists the keys.
+"""
 
 import logging
 import os
@@ -8,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fire
 import torch
 from torch import nn
 
@@ -16,6 +21,7 @@ from finetune import args as configuration
 from finetune import distributed
 from finetune.args import TrainArgs
 from finetune.checkpoint import Checkpointer
+from finetune.cli import launch
 from finetune.data.dataset import Dataset
 from finetune.data.loader import Loader
 from finetune.errors import UserError
@@ -82,14 +88,16 @@ def train(args: TrainArgs) -> None:
 
             is_best = False
             if eval_loader is not None and (is_last or every(step, args.eval_freq)):
-                losses = evaluate(model, family, eval_loader, args.eval_batches, device)
+                with meter.paused():
+                    losses = evaluate(model, family, eval_loader, args.eval_batches, device)
                 report.log("eval", step, losses)
                 is_best = losses["loss"] < best_eval_loss
                 best_eval_loss = min(best_eval_loss, losses["loss"])
 
             due = is_last or every(step, args.ckpt_freq) or (is_best and args.save_best)
             if checkpointer is not None and due:
-                checkpointer.save(model, step, is_best)
+                with meter.paused():
+                    checkpointer.save(model, step, is_best)
     logger.info("done: the losses are drawn in %s", Path(args.run_dir) / "loss.png")
 
 
@@ -211,20 +219,11 @@ def build_checkpointer(args: TrainArgs, family: Family, dtype: torch.dtype) -> C
     )
 
 
-@fire.decorators.SetParseFn(str)
-def main(config: str, **overrides: str) -> None:
-    """Run one configuration.
-
-    Args:
-        config: path of the YAML file.
-        overrides: any key of it, dotted: --optim.lr=1e-5 --data.train_data=talks.jsonl
-    """
+def main(config: str, overrides: dict[str, str]) -> None:
+    """Train as one YAML file says, with dotted keys of the command line over it."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation on GPUs
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with distributed.process_group(), distributed.one_line_errors():
-        distributed.set_up_logging()
-        train(configuration.load(config, overrides, args_class))
+    train(configuration.load(config, overrides, args_class))
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    launch(main, str(__doc__))

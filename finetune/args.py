@@ -182,13 +182,32 @@ def load(path: str | Path, overrides: dict[str, str], model_args: Any) -> TrainA
     Raises:
         UserError: anything in the file or the overrides is wrong.
     """
-    raw = from_moshi_finetune(apply_overrides(read_yaml(path), overrides))
-    section = raw.setdefault("model", {}) or {}
+    raw = _read(path, overrides)
+    args = decode(TrainArgs, raw)
+    args.model = _decode_model(raw["model"], model_args)
+    return args
+
+
+def load_model(path: str | Path, overrides: dict[str, str], model_args: Any) -> tuple[Any, int]:
+    """Read nothing but the `model` section and the seed. Arguments and errors are those of `load`."""
+    raw = _read(path, overrides)
+    seed = decode(_Seed, {"seed": raw["seed"]} if "seed" in raw else {}).seed
+    return _decode_model(raw["model"], model_args), seed
+
+
+@dataclass
+class _Seed:
+    seed: int = TrainArgs.seed
+
+
+def _read(path: str | Path, overrides: dict[str, str]) -> dict[str, Any]:
+    return from_moshi_finetune(apply_overrides(read_yaml(path), overrides))
+
+
+def _decode_model(section: Any, model_args: Any) -> Any:
     if not isinstance(section, dict):
         raise UserError(f"model: {section!r} is not a section; write `model: {{family: moshi}}`")
-    args = decode(TrainArgs, raw)
-    args.model = decode(model_args(section.get("family", "moshi")), section, "model")
-    return args
+    return decode(model_args(section.get("family", "moshi")), section, "model")
 
 
 def without_secrets(args: TrainArgs) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Checkpointer:
         adapter = None
         if self._adapters_only and self._lora is not None:
             adapter = {"lora_rank": self._lora.rank, "lora_scaling": self._lora.scaling}
-        config = self._family.export_config(adapter)
+        config = self._family.export_config(file, adapter)
         (consolidated / "config.json").write_text(json.dumps(config, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)

@@ -1,6 +1,7 @@
 """Strict decoding: a YAML file and command-line overrides become dataclasses, or one clear line says why not."""
 
 import difflib
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -12,6 +13,7 @@ import yaml
 from finetune.errors import UserError
 
 T = TypeVar("T")
+_SECRET = re.compile("key|token|secret|password", re.IGNORECASE)
 
 
 class CommandLineText(str):
@@ -68,7 +70,8 @@ def decode(cls: type[T], raw: Any, where: str = "") -> T:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             remedy = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(known)}"
-            raise UserError(f"{prefix}{key}: unknown key (value {str(raw[key])!r:.60}); {remedy}")
+            shown = "hidden" if _SECRET.search(str(key)) else f"{str(raw[key])!r:.60}"
+            raise UserError(f"{prefix}{key}: unknown key (value {shown}); {remedy}")
     values = {}
     for name, field in known.items():
         if name in raw:
@@ -91,7 +94,7 @@ def encode(config: Any) -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = get_origin(hint)
     if hint is Any:
-        return yaml.safe_load(value) if isinstance(value, CommandLineText) else value
+        return _plain(value)
     if origin in (Union, types.UnionType):
         return _convert_optional(hint, value, where)
     if origin is Literal:
@@ -110,8 +113,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise _mismatch(where, value, "a mapping")
-        return value
+        return _plain(value)
     return _convert_scalar(hint, value, where)
+
+
+def _plain(value: Any) -> Any:
+    """A value of no declared type, with what the command line set in it read as YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(element) for key, element in value.items()}
+    return yaml.safe_load(value) if isinstance(value, CommandLineText) else value
 
 
 def _convert_optional(hint: Any, value: Any, where: str) -> Any:

@@ -1,6 +1,7 @@
 """Evaluation: one pass over held-out data, sums over ranks, one division."""
 
 import math
+from contextlib import closing
 from itertools import islice
 
 import torch
@@ -23,9 +24,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     total = None
-    for batch in islice(loader, max_batches):
-        sums = stream_sums(family.nll(model, batch), batch.loss_weight_BKT.to(device))
-        total = sums if total is None else total + sums
+    with closing(iter(loader)) as batches:
+        for batch in islice(batches, max_batches):
+            sums = stream_sums(family.nll(model, batch), batch.loss_weight_BKT.to(device))
+            total = sums if total is None else total + sums
     model.train(was_training)
     assert total is not None  # a dataset has at least one window
     means = summarize(distributed.all_sum(total).cpu(), family.terms)

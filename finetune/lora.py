@@ -32,8 +32,8 @@ class LoRALinear(nn.Linear):
         """The layer's output with the adapter's added."""
         x = F.dropout(input, self.dropout, self.training)
         down = F.linear(x, self.lora_A.weight.to(x.dtype))
-        up = F.linear(down, self.lora_B.weight.to(x.dtype))
-        return F.linear(input, self.weight, self.bias) + self.scaling * up
+        up = F.linear(self.scaling * down, self.lora_B.weight.to(x.dtype))
+        return F.linear(input, self.weight, self.bias) + up
 
 
 def add_adapters(model: nn.Module, args: LoraArgs) -> None:

@@ -6,7 +6,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,7 @@ from finetune import distributed
 from finetune.args import TrainArgs, WandbArgs, without_secrets
 from finetune.curve import draw_losses
 from finetune.data.types import Batch
+from finetune.errors import UserError
 from finetune.families.base import LossTerm
 from finetune.loss import summarize
 
@@ -35,6 +37,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._started = time.perf_counter()
+        self._paused_sec = 0.0
         self._steps = 0
         self._sums_2K: torch.Tensor | None = None
         # audio seconds, frames, frames with a clip, tokens, tokens with a weight
@@ -52,11 +55,18 @@ class Meter:
     def end_step(self) -> None:
         self._steps += 1
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training: evaluation, saving."""
+        began = time.perf_counter()
+        yield
+        self._paused_sec += time.perf_counter() - began
+
     def read(self) -> dict[str, float]:
         """Means and rates since the last call, over all ranks, which must call it together."""
         assert self._sums_2K is not None
         losses = summarize(distributed.all_sum(self._sums_2K).cpu(), self._terms)
-        elapsed = time.perf_counter() - self._started
+        elapsed = time.perf_counter() - self._started - self._paused_sec
         audio_sec, frames, useful_frames, tokens, useful_tokens = distributed.all_sum(self._counts).tolist()
         record = {
             **losses,
@@ -191,12 +201,16 @@ def _open_wandb(args: WandbArgs, run_dir: Path, config: dict[str, Any]) -> Any:
 
     if args.key is not None:
         os.environ["WANDB_API_KEY"] = args.key  # unlike wandb.login, leaves no trace in ~/.netrc
-    return wandb.init(
-        project=args.project,
-        name=args.run_name or run_dir.name,
-        dir=str(run_dir),
-        mode="offline" if args.offline else "online",
-        config=config,
-        # W&B's own metadata holds the command line, and that may hold the key.
-        settings=wandb.Settings(x_disable_meta=True, disable_code=True, console="off"),
-    )
+    try:
+        return wandb.init(
+            project=args.project,
+            name=args.run_name or run_dir.name,
+            dir=str(run_dir),
+            mode="offline" if args.offline else None,
+            config=config,
+            # W&B's own metadata holds the command line, and that may hold the key.
+            settings=wandb.Settings(x_disable_meta=True, disable_code=True, console="off"),
+        )
+    except wandb.Error as error:
+        remedy = "set WANDB_API_KEY, run `wandb login`, or set wandb.offline: true"
+        raise UserError(f"wandb.project: {args.project}: W&B refuses ({error}); {remedy}") from error

@@ -27,7 +27,10 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: OptimArgs, max_steps:
     """The learning rate over `max_steps` steps; to be stepped after each of them."""
     if args.schedule == "one_cycle":
         peaks = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, max_lr=peaks, total_steps=max_steps, pct_start=args.pct_start)
+        # torch divides by zero where the rise takes exactly one step or all of them.
+        at_zero = args.pct_start * max_steps in (1.0, float(max_steps))
+        pct_start = args.pct_start - 1e-6 * at_zero
+        return OneCycleLR(optimizer, max_lr=peaks, total_steps=max_steps, pct_start=pct_start)
     num_warmup = round(args.pct_start * max_steps)
 
     def factor(step: int) -> float:

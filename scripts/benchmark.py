@@ -1,7 +1,6 @@
 """Time one LoRA training step of ours against the plain recipe: `python scripts/benchmark.py --size tiny`.
 
-The plain recipe is what the `moshi` package alone gives: its `LMModel` with its activation checkpointing and its
-LoRA, logits of every position in float32, moshi-finetune's loss, AdamW. Both train adapters with the same initial
+The plain recipe (plain_recipe.py) is what the `moshi` package alone gives. Both train adapters with the same initial
 values, over the same frozen weights (in the same memory) and on the same random codes. They take turns, so that a
 machine that slows down slows both.
 
@@ -29,12 +28,11 @@ from typing import Any
 
 import torch
 from moshi.models import LMModel, loaders
-from moshi.modules.lora import replace_all_linear_with_lora
 from moshi.utils.compile import no_compile
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn import functional as F
 
+import plain_recipe
 from finetune.args import LoraArgs, OptimArgs
 from finetune.data.types import SAMPLE_RATE_HZ, Batch
 from finetune.families.moshi import MoshiArgs, MoshiFamily, write_untrained
@@ -42,9 +40,9 @@ from finetune.lora import adapted_layers, adapter_parameters, add_adapters, init
 from finetune.loss import denominators, local_loss
 from finetune.optim import BETAS, EPS, build_optimizer, clip_gradients
 from finetune.parallel import prepare_blocks, set_param_dtypes
+from moshi_overrides.training_lm import TrainingLM
 
 QUICKSTART = Path(__file__).parent.parent / "example" / "quickstart"
-MIN_DURATION_SEC = 1.0
 MAX_NORM = 1.0
 OPTIM = OptimArgs()
 # As in example/moshi_7B.yaml.
@@ -65,40 +63,16 @@ class Size:
     num_steps: int
 
 
+def layers(*sizes: int) -> dict[str, int]:
+    """The part of an architecture that makes it large or small."""
+    depth = ("depformer_dim", "depformer_dim_feedforward", "depformer_num_heads", "depformer_num_layers")
+    return dict(zip(("dim", "num_heads", "num_layers", "context", *depth), sizes, strict=True))
+
+
 SIZES = {
     # The model of example/quickstart.yaml.
-    "tiny": Size(
-        {
-            "dim": 192,
-            "num_heads": 4,
-            "num_layers": 4,
-            "context": 250,
-            "depformer_dim": 96,
-            "depformer_dim_feedforward": 384,
-            "depformer_num_heads": 4,
-            "depformer_num_layers": 2,
-        },
-        rank=16,
-        batch_size=4,
-        duration_sec=10.0,
-        num_steps=3,
-    ),
-    "small": Size(
-        {
-            "dim": 512,
-            "num_heads": 8,
-            "num_layers": 8,
-            "context": 500,
-            "depformer_dim": 256,
-            "depformer_dim_feedforward": 1024,
-            "depformer_num_heads": 8,
-            "depformer_num_layers": 4,
-        },
-        rank=32,
-        batch_size=4,
-        duration_sec=20.0,
-        num_steps=2,
-    ),
+    "tiny": Size(layers(192, 4, 4, 250, 96, 384, 4, 2), rank=16, batch_size=4, duration_sec=10.0, num_steps=3),
+    "small": Size(layers(512, 8, 8, 500, 256, 1024, 8, 4), rank=32, batch_size=4, duration_sec=20.0, num_steps=2),
     "moshi_7b": Size({}, rank=128, batch_size=8, duration_sec=100.0, num_steps=3),
 }
 
@@ -175,16 +149,10 @@ def build_models(
     lm_kwargs: dict[str, Any],
     weights_path: Path | None,
     args: argparse.Namespace,
-) -> tuple[nn.Module, LMModel]:
+) -> tuple[TrainingLM, LMModel]:
     """Ours and moshi's, over the same frozen weights, with adapters of the same values."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    plain = loaders.get_moshi_lm(
-        weights_path,
-        lm_kwargs,
-        device=device,
-        dtype=dtype,
-        lm_kwargs_overrides={"gradient_checkpointing": True},
-    )
+    plain = plain_recipe.load(weights_path, lm_kwargs, device, dtype)
     ours = family.create(torch.device("meta"))
     ours.load_state_dict(plain.state_dict(), assign=True)
     lora = LoraArgs(rank=SIZES[args.size].rank)
@@ -192,11 +160,9 @@ def build_models(
     set_param_dtypes(ours, adapter_parameters(ours), dtype)
     prepare_blocks(family.blocks(ours), compile=False, recompute=args.recompute)
 
-    plain.requires_grad_(False)
-    replace_all_linear_with_lora(plain, lora.rank, lora.scaling)
+    plain_recipe.add_adapters(plain, lora.rank, lora.scaling)
     for name, layer in adapted_layers(ours).items():
         twin = plain.get_submodule(name)
-        twin.frozen_W.requires_grad_(False)
         for half in ("lora_A", "lora_B"):
             weight = getattr(layer, half).weight
             value = initial_adapter_weight(f"{name}.{half}.weight", weight.shape, seed=0)
@@ -219,7 +185,7 @@ def random_batch(family: MoshiFamily, lm_kwargs: dict[str, Any], batch_size: int
     return Batch(codes_BKT, weight_BKT, segment_BT, audio_sec=batch_size * duration_sec)
 
 
-def build_ours(model: nn.Module, family: MoshiFamily, batch: Batch, device: torch.device) -> Contender:
+def build_ours(model: TrainingLM, family: MoshiFamily, batch: Batch, device: torch.device) -> Contender:
     """The step of train.py, for one microbatch on one rank."""
     parameters = adapter_parameters(model)
 
@@ -244,34 +210,12 @@ def build_plain(model: LMModel, batch: Batch, device: torch.device) -> Contender
     return Contender(
         name="plain",
         adapters=adapters,
-        loss=lambda: plain_loss(model, batch.codes_BKT.to(device)),
+        loss=lambda: plain_recipe.loss(model, batch.codes_BKT.to(device), FIRST_CODEBOOK_WEIGHT, TEXT_PADDING_WEIGHT),
         clip=lambda: nn.utils.clip_grad_norm_(adapters.values(), MAX_NORM),
         optimizer=torch.optim.AdamW(
             adapters.values(), lr=OPTIM.lr, betas=BETAS, eps=EPS, weight_decay=OPTIM.weight_decay
         ),
     )
-
-
-def plain_loss(model: LMModel, codes_BKT: torch.Tensor) -> torch.Tensor:
-    """moshi-finetune's loss (its finetune/loss.py), rewritten: weighted means of text and audio, summed."""
-    output = model(codes_BKT)
-    text_B1T, audio_BKT = codes_BKT[:, :1], codes_BKT[:, 1 : 1 + model.dep_q]
-    text_weight_B1T = output.text_mask.float()
-    padding_ids = (model.text_padding_token_id, model.end_of_text_padding_id)
-    text_weight_B1T[torch.isin(text_B1T, torch.tensor(padding_ids, device=text_B1T.device))] *= TEXT_PADDING_WEIGHT
-    audio_weight_BKT = output.mask.float()
-    audio_weight_BKT[:, 0] *= FIRST_CODEBOOK_WEIGHT
-    text_loss = weighted_cross_entropy(output.text_logits, text_B1T, text_weight_B1T)
-    return text_loss + weighted_cross_entropy(output.logits, audio_BKT, audio_weight_BKT)
-
-
-def weighted_cross_entropy(
-    logits_BKTV: torch.Tensor, target_BKT: torch.Tensor, weight_BKT: torch.Tensor
-) -> torch.Tensor:
-    """Σ(w·nll) / Σw, in float32. moshi fills with NaN what the delays leave open; its weight is 0."""
-    nll = F.cross_entropy(logits_BKTV.flatten(0, 2).float(), target_BKT.flatten(), reduction="none")
-    weight = weight_BKT.flatten()
-    return torch.where(weight > 0, nll * weight, 0.0).sum() / weight.sum()
 
 
 def compare(ours: Contender, plain: Contender) -> dict[str, Any]:
@@ -328,6 +272,7 @@ def measure(contenders: list[Contender], num_rounds: int, num_steps: int, device
 
 def time_step(contender: Contender, device: torch.device) -> float:
     """Seconds of one step, until the device has finished it."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
     synchronize(device)
     start_sec = time.perf_counter()
     contender.step()
@@ -335,18 +280,13 @@ def time_step(contender: Contender, device: torch.device) -> float:
     return time.perf_counter() - start_sec
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Where and with what this was measured."""
     processor = platform.processor() or platform.machine()
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists():
-        lines = [line for line in cpu_info.read_text().splitlines() if line.startswith("model name")]
-        processor = lines[0].partition(":")[2].strip() if lines else processor
+        names = [line.partition(":")[2].strip() for line in cpu_info.open() if line.startswith("model name")]
+        processor = next(iter(names), processor)
     machine = f"{processor}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         machine = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
@@ -380,12 +320,10 @@ def summarize(contenders: list[Contender], batch: Batch) -> dict[str, Any]:
 
 
 def print_check(check: dict[str, Any]) -> None:
-    print(
-        f"loss: ours {check['loss_ours']:.6f}, plain {check['loss_plain']:.6f}\n"
-        f"gradients of {check['gradients_compared']} adapter weights: relative difference "
-        f"{check['gradient_relative_error']:.1e}, largest {check['gradient_largest_error']:.1e} "
-        f"(largest gradient {check['gradient_largest']:.1e})"
-    )
+    print(f"loss: ours {check['loss_ours']:.6f}, plain {check['loss_plain']:.6f}")
+    print(f"gradients of {check['gradients_compared']} adapter weights: ", end="")
+    print(f"relative difference {check['gradient_relative_error']:.1e}, ", end="")
+    print(f"largest {check['gradient_largest_error']:.1e} (largest gradient {check['gradient_largest']:.1e})")
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -409,12 +347,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--duration-sec", type=float, help="length of a window in seconds; default: by size")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where it works")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
-    parser.add_argument(
-        "--no-recompute",
-        dest="recompute",
-        action="store_false",
-        help="turn our activation checkpointing off; the plain recipe keeps its own",
-    )
+    recompute_help = "our activation checkpointing; the plain recipe keeps its own"
+    parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True, help=recompute_help)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured here")
     args = parser.parse_args()
     size = SIZES[args.size]
@@ -426,8 +360,6 @@ def parse_args() -> argparse.Namespace:
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     if min(args.rounds, args.steps, args.batch_size) < 1:
         parser.error("--rounds, --steps and --batch-size must be at least 1")
-    if args.duration_sec < MIN_DURATION_SEC:
-        parser.error(f"--duration-sec: {args.duration_sec} is below {MIN_DURATION_SEC}")
     if args.size == "moshi_7b" and not on_gpu:
         parser.error("--size moshi_7b needs a GPU; take small or tiny")
     return args

@@ -1,4 +1,4 @@
-"""Print every configuration key as Markdown, from the dataclasses: `python scripts/config_table.py [--write README.md]`."""
+"""Print every configuration key as Markdown, from the dataclasses: `python scripts/config_table.py`."""
 
 import argparse
 import sys

@@ -1,18 +1,17 @@
 """The benchmark runs, checks what it compares, and finds our step faster than the plain recipe."""
 
-import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
+import benchmark
 from conftest import ROOT
 
 SCRIPT = ROOT / "scripts" / "benchmark.py"
@@ -33,16 +32,6 @@ def run_benchmark(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def import_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark"] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_help():
     finished = run_benchmark("--help")
     assert finished.returncode == 0, finished.stderr
@@ -52,7 +41,6 @@ def test_help():
 
 @pytest.mark.parametrize("wrong_by", [0.0, 1e-3, math.nan])
 def test_the_check_sees_a_wrong_gradient(wrong_by):
-    benchmark = import_script()
 
     def contender(name: str, gradient: float):
         weight = nn.Parameter(torch.ones(3))

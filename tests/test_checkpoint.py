@@ -148,9 +148,29 @@ def test_the_newest_and_the_best_are_kept(config, tmp_path):
     assert (folder / "best").resolve().name == "checkpoint_000002"
 
 
+def test_training_goes_on_from_a_merged_checkpoint(config, tmp_path):
+    args, family, model = trained(config, tmp_path, do_ckpt=True, save_adapters=False)
+    consolidated = save(args, family, model)
+    assert json.loads((consolidated / "config.json").read_text())["moshi_name"] == "consolidated.safetensors"
+    section = {"family": "moshi", "hf_repo_id": None, "path": str(consolidated)}
+    again = configuration.load(write_config(tmp_path, config | {"model": section}), {}, args_class)
+    continued, _ = train.build_model(again, train.build_family(again, CPU), torch.float32, CPU)
+    _, merged = load_with_moshi(consolidated, fuse_lora=False)
+    for name, expected in merged.named_parameters():
+        assert torch.equal(continued.state_dict()[name], expected), name
+
+
+def test_training_from_an_adapters_config_is_refused(config, tmp_path):
+    args, family, model = trained(config, tmp_path, do_ckpt=True)
+    section = {"hf_repo_id": None, "path": str(save(args, family, model))}
+    again = configuration.load(write_config(tmp_path, config | {"model": section}), {}, args_class)
+    with pytest.raises(train.UserError, match=r"describes an adapter .* merge it first"):
+        train.build_family(again, CPU)
+
+
 def test_a_crash_while_writing_leaves_no_checkpoint(config, tmp_path, monkeypatch):
     args, family, model = trained(config, tmp_path, do_ckpt=True)
-    monkeypatch.setattr(family, "export_config", lambda lora: 1 / 0)
+    monkeypatch.setattr(family, "export_config", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save(args, family, model)
     assert not list((Path(args.run_dir) / "checkpoints").glob("checkpoint_*"))

@@ -43,11 +43,12 @@ def test_other_schedules_warm_up_and_leave_beta1(schedule, middle, last):
     assert set(betas) == {0.9}
 
 
-@pytest.mark.parametrize("pct_start", [0.0, 1.0])
-def test_no_warm_up_and_nothing_but_warm_up(pct_start):
-    for schedule in ("cosine", "linear", "constant"):
-        rates, _ = learning_rates(schedule, max_steps=3, pct_start=pct_start)
-        assert all(0 < rate <= 1 for rate in rates)
+@pytest.mark.parametrize("pct_start", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine", "linear", "constant"])
+def test_no_warm_up_one_step_of_it_and_nothing_else(schedule, pct_start):
+    """Ten steps of which a tenth rise: torch's OneCycleLR divides by zero there, and where all of them do."""
+    rates, _ = learning_rates(schedule, max_steps=10, pct_start=pct_start)
+    assert all(0 < rate <= 1 for rate in rates)
 
 
 def test_clipping_is_torchs_and_0_turns_it_off():

@@ -145,6 +145,36 @@ def test_wandb_offline_never_writes_the_key(config, tmp_path):
 
 
 @pytest.mark.dist
+def test_wandb_without_a_key_is_one_line(config, tmp_path):
+    config["wandb"] = {"project": "parley-test"}
+    environment = {"HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_API_KEY": ""}
+    result = run_module("train", write_config(tmp_path, config), **environment)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "wandb.project: parley-test" in line
+    assert "WANDB_API_KEY" in line
+
+
+def test_a_model_made_otherwise_is_not_taken_silently(config, tmp_path):
+    config["model"]["architecture"] = {"dim": 128}
+    args = configuration.load(write_config(tmp_path, config), {"model.architecture.num_layers": "2"}, args_class)
+    assert args.model.architecture == {"dim": 128, "num_layers": 2}
+    with pytest.raises(train.UserError, match=r"model\.architecture\.dim: 128, but .* was made with 64"):
+        train.build_family(args, CPU)
+
+
+def test_labels_without_a_main_speaker_are_said(config, tmp_path, caplog):
+    audio = QUICKSTART / "dialogues" / "audio"
+    for name in ("dialogue_011.flac", "dialogue_011.json"):
+        content = (audio / name).read_bytes().replace(b"SPEAKER_MAIN", b"SPEAKER_00")
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "data.jsonl").write_text('{"path": "dialogue_011.flac", "duration": 35.705}\n')
+    config["data"]["train_data"] = str(tmp_path / "data.jsonl")
+    args = configuration.load(write_config(tmp_path, config), {}, args_class)
+    train.build_loader(args, train.build_family(args, CPU), evaluation=False)
+    assert "no word is labelled SPEAKER_MAIN (labels: SPEAKER_00, SPEAKER_USER)" in caplog.text
+
+
+@pytest.mark.dist
 def test_two_ranks_evaluate_and_save_together(config, tmp_path):
     """Five evaluation windows on two ranks with batches of two: the ranks do not run out at different times."""
     changes = {"do_eval": True, "eval_freq": 2, "do_ckpt": True, "ckpt_freq": 2, "max_steps": 4}

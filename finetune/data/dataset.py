@@ -10,12 +10,13 @@ import numpy as np
 from finetune import distributed
 from finetune.data.audio import read_window
 from finetune.data.manifest import Recording, Source, check_channels, check_recordings, read_sources
-from finetune.data.transcript import read_transcript
+from finetune.data.transcript import MAIN_SPEAKER, read_transcript
 from finetune.data.types import SAMPLE_RATE_HZ, BadRecording, Clip
 from finetune.errors import UserError
 
 OnError = Literal["fail", "skip"]
 logger = logging.getLogger("parley")
+_NUM_LABEL_PROBES = 50
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Dataset:
         # One rank asks the file system, the others are told.
         problems = distributed.on_main_rank(check_recordings, recordings, min_channels, min_duration_sec, num_workers)
         _report(problems, key, on_error)
+        _warn_without_main_speaker(recordings, key)
         bad = {id(recordings[index]) for index in problems}
         windows = [_cut(source, bad, duration_sec, min_duration_sec) for source in sources]
         for source, cut in zip(sources, windows, strict=True):
@@ -129,6 +131,21 @@ def _report(problems: dict[int, str], key: str, on_error: OnError) -> None:
         raise UserError(_failure(key, lines[0]) + more)
     for line in lines:
         logger.warning("skipped: %s: %s", key, line)
+
+
+def _warn_without_main_speaker(recordings: Sequence[Recording], key: str) -> None:
+    """Say so where the labels look like someone else's: the text stream would be empty without a word."""
+    labels: set[str] = set()
+    for recording in recordings[:_NUM_LABEL_PROBES]:
+        try:
+            labels |= {word.speaker for word in read_transcript(recording.path).words}
+        except BadRecording:
+            continue  # reported already
+    if labels and MAIN_SPEAKER not in labels:
+        said = ", ".join(sorted(labels))
+        logger.warning(
+            "%s: no word is labelled %s (labels: %s); is the text meant to be empty?", key, MAIN_SPEAKER, said
+        )
 
 
 def _failure(key: str, line: str) -> str:

@@ -84,6 +84,11 @@ class Family(Protocol):
         """Units of sharding, compilation and activation checkpointing, inner ones first."""
         ...
 
-    def export_config(self, lora: dict[str, Any] | None) -> dict[str, Any]:
-        """`config.json` of a checkpoint; `lora` holds rank and scaling of an adapter, None if merged."""
+    def export_config(self, weights_file: str, lora: dict[str, Any] | None) -> dict[str, Any]:
+        """`config.json` of a checkpoint.
+
+        Args:
+            weights_file: the file beside it.
+            lora: rank and scaling, if that file is an adapter; None if it is a whole model.
+        """
         ...

@@ -26,7 +26,7 @@ from finetune.codec import Codec
 from finetune.data.types import ABSENT, SAMPLE_RATE_HZ, Batch, Clip, Sample
 from finetune.errors import UserError
 from finetune.families.base import LossTerm, Weights
-from finetune.families.moshi_files import find_files, open_weights
+from finetune.families.moshi_files import find_files, open_weights, read_json
 from finetune.text_stream import TextStreamRules, build_text_stream, num_frames_of
 from moshi_overrides.fsdp import allow_fully_shard
 from moshi_overrides.training_lm import TrainingLM
@@ -119,9 +119,17 @@ class MoshiFamily:
     @classmethod
     def prepare(cls, args: MoshiArgs, seed: int) -> Path | None:
         """Write an untrained model into `args.path`, if it describes one that is not there yet."""
-        if args.architecture is None or args.path is None or (Path(args.path) / "config.json").exists():
+        if args.architecture is None or args.path is None:
             return None
-        return write_untrained(args, args.architecture, Path(args.path), seed)
+        config = Path(args.path) / "config.json"
+        if not config.exists():
+            return write_untrained(args, args.architecture, Path(args.path), seed)
+        made = read_json(config)
+        for key, value in args.architecture.items():
+            if made.get(key) != value:
+                said = f"model.architecture.{key}: {value}, but {args.path} was made with {made.get(key)}"
+                raise UserError(f"{said}; choose another model.path or delete the folder")
+        return None
 
     def create(self, device: torch.device) -> TrainingLM:
         """A TrainingLM in float32."""
@@ -191,9 +199,10 @@ class MoshiFamily:
         """The layers of both transformers."""
         return [*model.transformer.layers, *(model.depformer.layers if self._dep_q else [])]
 
-    def export_config(self, lora: dict[str, Any] | None) -> dict[str, Any]:
-        """What `python -m moshi.server --config-path` reads. Files are named by where they really are."""
-        return {**self._config, **self._addresses, "lora": lora is not None, **(lora or {})}
+    def export_config(self, weights_file: str, lora: dict[str, Any] | None) -> dict[str, Any]:
+        """What `python -m moshi.server --config-path` reads. Files outside the checkpoint have full addresses."""
+        own_weights = {} if lora else {"moshi_name": weights_file}
+        return {**self._config, **self._addresses, **own_weights, "lora": lora is not None, **(lora or {})}
 
     def _load_mimi(self, device: torch.device) -> Any:
         num_codebooks = max(self._dep_q, self._n_q - self._dep_q)
@@ -263,7 +272,7 @@ def write_untrained(args: MoshiArgs, architecture: dict[str, Any], folder: Path,
         path = getattr(args, key)
         if path is None or not Path(path).is_file():
             raise UserError(f"model.{key}: {path}: no such file; a new model needs its codec and tokenizer")
-    mimi_config = json.loads(Path(args.mimi_config_path).read_text()) if args.mimi_config_path else None
+    mimi_config = read_json(Path(args.mimi_config_path)) if args.mimi_config_path else None
     derived = {
         "card": (mimi_config or loaders._mimi_config)["quantizer"]["bins"],
         "text_card": _load_tokenizer(args.tokenizer_path).vocab_size(),

@@ -56,6 +56,8 @@ def find_files(paths: ModelPaths) -> tuple[CheckpointInfo, dict[str, str]]:
     complete = {"moshi_name", "mimi_name", "tokenizer_name"} <= local.keys()
     if paths.hf_repo_id is None and not complete:
         raise UserError("model: no weights; set hf_repo_id, path, or moshi_path, mimi_path and tokenizer_path")
+    if "config" in local:
+        read_json(local["config"])  # moshi reads it again, without saying which file is broken
     if paths.hf_repo_id is None and "config" not in local:
         # moshi's first releases had no config.json: the 7B model.
         info = CheckpointInfo(local["moshi_name"], local["mimi_name"], local["tokenizer_name"])
@@ -80,10 +82,12 @@ def _local_files(paths: ModelPaths) -> dict[str, Path]:
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path: {folder}: no config.json in it; give a Moshi model's folder")
         found["config"] = folder / "config.json"
-        config = json.loads(found["config"].read_text())
+        config = read_json(found["config"])
         for key, default in FILE_KEYS.items():
             name = config.get(key, default)
-            if name is not None and (folder / name).is_file():
+            if name is not None and name.startswith("file://"):
+                found[key] = Path(name.removeprefix("file://"))
+            elif name is not None and (folder / name).is_file():
                 found[key] = folder / name
     own = {
         "config": paths.config_path,
@@ -96,6 +100,14 @@ def _local_files(paths: ModelPaths) -> dict[str, Path]:
         if value:
             found[key] = _from_hub(value, value, loaders.hf_get) if value.startswith("hf://") else Path(value)
     return found
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or a UserError that names it."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: {path}: cannot be read as JSON ({error}); mend it or download it again") from error
 
 
 def _yaml_key(paths: ModelPaths, key: str) -> str:
