@@ -11,8 +11,10 @@ from moshi.models import MimiModel
 
 from finetune.data.types import ABSENT, SAMPLE_RATE_HZ
 
-# Bounds the activations of Mimi's first layers (64 channels at 24 kHz: 6 MB a second of audio).
-MAX_SEC_PER_CALL = 200.0
+# Seconds of audio in one call. On GPUs it bounds the activations of Mimi's first layers (64 channels at 24 kHz:
+# 6 MB a second); on CPUs a batch gains nothing, and large buffers are mapped anew for every layer, which doubled the
+# time of the tiny codec.
+MAX_SEC_PER_CALL = {"cuda": 200.0, "cpu": 10.0}
 
 
 class Codec:
@@ -42,7 +44,7 @@ class Codec:
         padded_NS = torch.zeros(len(wavs), num_samples)
         for row, wav_S in enumerate(wavs):
             padded_NS[row, : len(wav_S)] = torch.from_numpy(wav_S)
-        per_call = max(1, int(MAX_SEC_PER_CALL * SAMPLE_RATE_HZ / num_samples))
+        per_call = max(1, int(MAX_SEC_PER_CALL[self._device.type] * SAMPLE_RATE_HZ / num_samples))
         codes_NKT = torch.cat([self._encode_some(part) for part in padded_NS.split(per_call)])
         num_frames_N = torch.tensor([-(-len(wav_S) // self.frame_size) for wav_S in wavs])
         past_end_NT = torch.arange(codes_NKT.shape[-1]) >= num_frames_N[:, None]
