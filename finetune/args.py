@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import yaml
 
-from finetune.config import apply_overrides, decode, encode, read_yaml
+from finetune.config import CommandLineText, apply_overrides, decode, encode, read_yaml
 from finetune.errors import UserError
 
 
@@ -158,6 +158,7 @@ class TrainArgs:
     """Weights & Biases."""
 
     def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed: {self.seed} is negative")
         require(bool(self.run_dir), "run_dir: empty; set it to the folder that the run may write")
         require(self.duration_sec > 0, f"duration_sec: {self.duration_sec} is not positive")
         for name in ("batch_size", "num_microbatches", "max_steps", "log_freq"):
@@ -224,8 +225,9 @@ def save(args: TrainArgs, path: Path) -> None:
 
 def from_moshi_finetune(raw: dict[str, Any]) -> dict[str, Any]:
     """Translate the keys that kyutai-labs/moshi-finetune spells otherwise (its `finetune/args.py`)."""
-    model = dict(raw.get("model") or {}) if isinstance(raw.get("model") or {}, dict) else raw["model"]
-    moved = dict(raw.pop("moshi_paths", None) or {})
+    model = dict(_section(raw, "model", "write `model: {family: moshi}`"))
+    moved = dict(_section(raw, "moshi_paths", "write `moshi_paths: {hf_repo_id: …}`"))
+    raw.pop("moshi_paths", None)
     for key in ("first_codebook_weight_multiplier", "text_padding_weight"):
         if key in raw:
             moved[key] = raw.pop(key)
@@ -234,13 +236,12 @@ def from_moshi_finetune(raw: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"model.{key}: set twice, here and in moshi-finetune's spelling; keep one")
         model[key] = value
     raw["model"] = model
-    if isinstance(raw.get("lora"), dict):
-        raw["lora"] = dict(raw["lora"])
+    raw["lora"] = dict(_section(raw, "lora", "write `lora: {rank: 64}`; `finetuning: full` turns it off"))
     spellings = {
         name: _as_bool(section.pop(key), name)
         for name, section, key in (
             ("full_finetuning", raw, "full_finetuning"),
-            ("lora.enable", raw.get("lora") or {}, "enable"),
+            ("lora.enable", raw["lora"], "enable"),
         )
         if key in section
     }
@@ -249,15 +250,23 @@ def from_moshi_finetune(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
+def _section(raw: dict[str, Any], key: str, remedy: str) -> dict[str, Any]:
+    section = raw.get(key)
+    if section is not None and not isinstance(section, dict):
+        raise UserError(f"{key}: {section!r} is not a section; {remedy}")
+    return section or {}
+
+
 def _as_bool(value: Any, name: str) -> bool:
-    value = yaml.safe_load(value) if isinstance(value, str) else value
+    if isinstance(value, CommandLineText):
+        value = {"true": True, "false": False}.get(value.lower(), value)
     if not isinstance(value, bool):
         raise UserError(f"{name}: {value!r} is not true or false")
     return value
 
 
 def _one_choice(spellings: dict[str, bool], finetuning: Any) -> str:
-    full = spellings.get("full_finetuning", False)
+    full = spellings.get("full_finetuning", finetuning == "full")
     lora = spellings.get("lora.enable", not full)
     said = ", ".join(f"{name}: {str(value).lower()}" for name, value in spellings.items())
     if full == lora:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import fire
 
 from finetune import distributed
+from finetune.errors import UserError
 
 
 def launch(program: Callable[[str, dict[str, str]], None], usage: str) -> None:
@@ -13,9 +14,11 @@ def launch(program: Callable[[str, dict[str, str]], None], usage: str) -> None:
 
     # Values stay text: each field's type decides what they mean, and fire's own reading splits at commas.
     @fire.decorators.SetParseFn(str)
-    def main(config: str, **overrides: str) -> None:
+    def main(config: str, *unknown: str, **overrides: str) -> None:
         with distributed.process_group(), distributed.one_line_errors():
             distributed.set_up_logging()
+            if unknown:  # fire would complain about it after the run
+                raise UserError(f"{unknown[0]}: not a key; overrides are written --key=value")
             program(config, overrides)
 
     if {"--help", "-h"} & set(sys.argv[1:]) or len(sys.argv) == 1:

@@ -1,6 +1,7 @@
 """Strict decoding: a YAML file and command-line overrides become dataclasses, or one clear line says why not."""
 
 import difflib
+import math
 import re
 import types
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import yaml
 from finetune.errors import UserError
 
 T = TypeVar("T")
-_SECRET = re.compile("key|token|secret|password", re.IGNORECASE)
+_SECRET = re.compile("wandb|key|token$|secret|password", re.IGNORECASE)
 
 
 class CommandLineText(str):
@@ -30,6 +31,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raw = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}; give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path}: not YAML: not UTF-8 text ({error.reason}); give a YAML file") from error
     except yaml.YAMLError as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         place = f" line {mark.line + 1}" if mark else ""
@@ -50,7 +53,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Mapping[str, str]) -> dict[s
                 section[parent] = {}
             section = section[parent]
             if not isinstance(section, dict):
-                raise UserError(f"--{dotted}={text}: {parent!r} is a value, not a section")
+                raise UserError(f"--{dotted}={_shown(text, dotted)}: {parent!r} is a value, not a section")
         section[last] = CommandLineText(text)
     return raw
 
@@ -63,15 +66,14 @@ def decode(cls: type[T], raw: Any, where: str = "") -> T:
     """
     prefix = f"{where}." if where else ""
     if not isinstance(raw, Mapping):
-        raise UserError(f"{where}: {raw!r} is {_kind(raw)}; expected a section with keys and values")
+        raise _mismatch(where, raw, "a section with keys and values")
     hints = get_type_hints(cls)
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
     for key in raw:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             remedy = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(known)}"
-            shown = "hidden" if _SECRET.search(str(key)) else f"{str(raw[key])!r:.60}"
-            raise UserError(f"{prefix}{key}: unknown key (value {shown}); {remedy}")
+            raise UserError(f"{prefix}{key}: unknown key (value {_shown(raw[key], f'{prefix}{key}')}); {remedy}")
     values = {}
     for name, field in known.items():
         if name in raw:
@@ -94,17 +96,16 @@ def encode(config: Any) -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = get_origin(hint)
     if hint is Any:
-        return _plain(value)
+        return _plain(value, where)
     if origin in (Union, types.UnionType):
         return _convert_optional(hint, value, where)
     if origin is Literal:
         return _convert_literal(get_args(hint), value, where)
     if is_dataclass(hint):
-        return decode(hint, value or {}, where)  # type: ignore[arg-type]
+        return decode(hint, {} if value is None else value, where)  # type: ignore[arg-type]
     if hint is str:
         return _convert_str(value, where)
-    if isinstance(value, CommandLineText):
-        value = yaml.safe_load(value)
+    value = _plain(value, where)
     if origin is list:
         if not isinstance(value, list):
             raise _mismatch(where, value, "a list")
@@ -113,15 +114,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise _mismatch(where, value, "a mapping")
-        return _plain(value)
+        return value
     return _convert_scalar(hint, value, where)
 
 
-def _plain(value: Any) -> Any:
-    """A value of no declared type, with what the command line set in it read as YAML."""
+def _plain(value: Any, where: str) -> Any:
+    """A value with what the command line set, itself or inside it, read as YAML."""
     if isinstance(value, dict):
-        return {key: _plain(element) for key, element in value.items()}
-    return yaml.safe_load(value) if isinstance(value, CommandLineText) else value
+        return {key: _plain(element, f"{where}.{key}") for key, element in value.items()}
+    if not isinstance(value, CommandLineText):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: {_shown(value, where)} is not a YAML value; quote it or mend it") from error
 
 
 def _convert_optional(hint: Any, value: Any, where: str) -> Any:
@@ -161,13 +167,19 @@ def _as_float(value: Any) -> float | None:
     if isinstance(value, bool):
         return None
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def _mismatch(where: str, value: Any, expected: str) -> UserError:
-    return UserError(f"{where}: {value!r} is {_kind(value)}; expected {expected}")
+    return UserError(f"{where}: {_shown(value, where)} is {_kind(value)}; expected {expected}")
+
+
+def _shown(value: Any, where: str) -> str:
+    """A value as messages show it, unless it may be a secret, perhaps under a misspelt key."""
+    return "hidden" if _SECRET.search(where) else f"{value!r:.60}"
 
 
 def _kind(value: Any) -> str:

@@ -107,14 +107,27 @@ def once(message_key: str) -> bool:
     return store.add(f"parley/{message_key}", 1) == 1
 
 
+def _said(message_key: str) -> bool:
+    """Whether `once` gave some rank leave to say this."""
+    if not dist.is_initialized() or world_size() == 1:
+        return message_key in _said_here
+    try:
+        return dist.distributed_c10d._get_default_store().check([f"parley/{message_key}"])
+    except RuntimeError:  # the store is gone as well
+        return False
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn a UserError into one line on stderr, from one rank, and exit code 2."""
     try:
         yield
-    except UserError as error:
-        if once("error"):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except Exception as error:
+        if not isinstance(error, UserError) and not _said("error"):
+            raise
+        # A rank that left breaks the collectives of the others; its line says why.
+        if isinstance(error, UserError) and once("error"):
+            print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         else:
             time.sleep(_SILENT_RANK_GRACE_SEC)
         # Not sys.exit: reader threads and the peers' collectives must not hold the process back.

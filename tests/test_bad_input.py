@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sphn
+import torch
 
-from conftest import run_module, write_config
+from conftest import CPU, moshi_args, run_module, write_config
+from finetune.errors import UserError
+from finetune.families.moshi import MoshiFamily
+from finetune.parallel import materialize
 
 TIME_LIMIT_SEC = 60
+# torchrun looks this seldom (not ten times a second), so that it cannot stop a rank that is about to say too much.
+MONITOR_INTERVAL_SEC = 2
 
 
 @dataclass(frozen=True)
@@ -63,12 +70,13 @@ def bad_file_at_start(config: dict, folder: Path) -> None:
 
 
 def silent_file(config: dict, folder: Path) -> None:
-    """Of four windows rank 0 draws the good ones at even places and rank 1 the silent one, round after round."""
+    """Rank 0 meets the silent file in the fifth step, while rank 1 waits for it in a collective."""
     write_recording(folder / "good.wav", 0.5, 0.5)
     write_recording(folder / "silent.wav", 0.0, 0.5)
-    write_manifest(config, folder, ["good.wav", "silent.wav", "good.wav", "good.wav"])
+    write_manifest(config, folder, ["good.wav"] * 8 + ["silent.wav"] + ["good.wav"] * 3)
     config["data"]["shuffle"] = False
     config["batch_size"] = 1
+    config["max_steps"] = 9
 
 
 def hub_repo(config: dict, folder: Path) -> None:
@@ -80,10 +88,7 @@ def wrong_family(config: dict, folder: Path) -> None:
 
 
 def wrong_codec(config: dict, folder: Path) -> None:
-    model = Path(config["model"]["path"])
-    kwargs = json.loads((model / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**kwargs, "card": 1024}))
-    config["model"]["config_path"] = str(folder / "config.json")
+    config["model"]["mimi_path"] = str(Path(config["model"]["path"]) / "tokenizer.model")
 
 
 CASES = {
@@ -95,13 +100,13 @@ CASES = {
         bad_file_at_start, ["data.train_data: talks.jsonl line 2: ", "text.wav", "convert it", "on_error: skip"]
     ),
     "silent_file": Case(
-        silent_file, ["data.train_data: talks.jsonl line 2: ", "silent.wav", "swap the channels"], ranks=2
+        silent_file, ["data.train_data: talks.jsonl line 9: ", "silent.wav", "swap the channels"], ranks=2
     ),
     "hub_repo": Case(
         hub_repo, ["model.hf_repo_id: kyutai/moshiko", "check the network"], environment={"HF_HUB_OFFLINE": "1"}
     ),
     "wrong_family": Case(wrong_family, ["model.family: 'moshy'", "moshi"]),
-    "wrong_codec": Case(wrong_codec, ["model", "512", "1024", "use the model's own codec"]),
+    "wrong_codec": Case(wrong_codec, ["model.mimi_path: ", "tokenizer.model", "check both files"]),
 }
 
 
@@ -127,6 +132,8 @@ def test_one_line_and_exit_code_2(name, config, tmp_path):
     case.spoil(config, tmp_path)
     path = write_config(tmp_path, config)
     environment = {"HF_HOME": str(tmp_path / "hub"), **case.environment}
+    if case.ranks > 1:
+        environment["PET_MONITOR_INTERVAL"] = str(MONITOR_INTERVAL_SEC)
     process = run_module("train", path, ranks=case.ranks, timeout_sec=TIME_LIMIT_SEC, **environment)
     check_ending(process, case.says)
 
@@ -137,3 +144,34 @@ def test_what_is_no_yaml(tmp_path):
     path.write_text("run_dir: [runs\ndata: x\n")
     process = run_module("train", path, timeout_sec=TIME_LIMIT_SEC)
     check_ending(process, [f"config {path} line 2: not YAML"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", "{broken", ["model", "config.json", "cannot be read as JSON"]),
+        ("config.json", "[1]", ["model", "config.json", "no JSON object"]),
+        ("tiny_mimi_config.json", "{broken", ["model", "tiny_mimi_config.json", "cannot be read as JSON"]),
+        ("tokenizer.model", "x", ["model.tokenizer_path: ", "tokenizer.model", "not a SentencePiece model"]),
+        ("model.safetensors", "x", ["model.moshi_path: ", "model.safetensors", "download it again"]),
+        ("config.json", {"card": 1024}, ["model: ", "512", "1024", "use the model's own codec"]),
+        ("config.json", {"dim": 32}, ["model: ", "[513, 64] in the checkpoint", "[513, 32] here"]),
+        ("config.json", {"num_layers": 3}, ["model: ", "the checkpoint lacks transformer.layers.2."]),
+        ("config.json", {"lora": True}, ["model: ", "adapter", "save_adapters: false"]),
+    ],
+)
+def test_spoiled_model_files_are_named(name, content, says, tiny_moshi, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_moshi, folder)
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads((folder / name).read_text()), **content})
+    (folder / name).write_text(content)
+
+    def load() -> None:
+        family = MoshiFamily(moshi_args(folder), CPU)
+        materialize(family.create(torch.device("meta")), family.weights(), CPU, seed=0)
+
+    with pytest.raises(UserError) as refused:
+        load()
+    for part in says:
+        assert part in str(refused.value)

@@ -116,7 +116,7 @@ def refusal(folder: Path, raw: dict[str, Any] | str, **overrides: str) -> str:
 @pytest.mark.parametrize(
     ("raw", "parts"),
     [
-        ({"name": "a", "cuont": 2}, ["cuont: unknown key", "'2'", "did you mean count?"]),
+        ({"name": "a", "cuont": 2}, ["cuont: unknown key", "did you mean count?"]),
         ({"name": "a", "inner": {"rtae": 2}}, ["inner.rtae: unknown key", "did you mean inner.rate?"]),
         ({"name": "a", "zzzz": 2}, ["zzzz: unknown key", "known keys: name, count"]),
         ({"name": "a", 7: 2}, ["7: unknown key"]),
@@ -187,7 +187,7 @@ def test_overrides_make_sections_and_take_the_fields_type():
         ({"flag": "3"}, ["flag: 3", "true or false"]),
         ({"inner.kind": "broad"}, ["inner.kind: 'broad'", "wide, narrow"]),
         ({"inner.rtae": "2"}, ["inner.rtae: unknown key", "did you mean inner.rate?"]),
-        ({"name.first": "x"}, ["--name.first=x", "'name' is a value"]),
+        ({"name.first": "x"}, ["--name.first=", "'name' is a value"]),
     ],
 )
 def test_wrong_overrides_are_refused(overrides, parts):

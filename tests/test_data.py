@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import logging
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +20,16 @@ from finetune.errors import UserError
 
 KEY = "data.train_data"
 FRAME_SEC = 0.08
-LEFT_HZ, RIGHT_HZ = 440.0, 1000.0
+TONES_HZ = (440.0, 1000.0, 600.0)
 
 
 def write_audio(path: Path, length_sec: float = 1.0, rate_hz: int = 24_000, volumes: tuple[float, ...] = (0.5, 0.5)):
-    """One tone per channel: LEFT_HZ, then RIGHT_HZ."""
+    """A WAV file of 16 bits with one tone per channel."""
     at_sec = np.arange(round(length_sec * rate_hz)) / rate_hz
-    tones = [volume * np.sin(2 * np.pi * hz * at_sec) for volume, hz in zip(volumes, (LEFT_HZ, RIGHT_HZ, 600.0))]
-    wav_CS = np.stack(tones).astype(np.float32)
-    sphn.write_wav(str(path), wav_CS if len(volumes) > 1 else wav_CS[0], rate_hz)
+    tones = [volume * np.sin(2 * np.pi * hz * at_sec) for volume, hz in zip(volumes, TONES_HZ, strict=False)]
+    with wave.open(str(path), "wb") as file:
+        file.setparams((len(tones), 2, rate_hz, 0, "NONE", ""))
+        file.writeframes((np.stack(tones, 1) * 32_767).astype("<i2").tobytes())
 
 
 def write_transcript(path: Path, starts_sec: tuple[float, ...] = ()) -> None:
@@ -63,9 +66,8 @@ def test_manifests_list_recordings_relative_to_themselves(kind, tmp_path):
     spec = write_manifest(folder / name, listed)
     (source,) = read_sources(str(folder) if kind == "folder" else spec, KEY)
     base = Path(spec).parent
-    assert [recording.path for recording in source.recordings] == [
-        base / "a.wav", base / "sub" / "b.wav", tmp_path / "c.flac",
-    ]  # fmt: skip
+    paths = [base / "a.wav", base / "sub" / "b.wav", tmp_path / "c.flac"]
+    assert [recording.path for recording in source.recordings] == paths
     assert [recording.duration_sec for recording in source.recordings] == [1.5, 2.0, 3.25]
     assert [recording.place for recording in source.recordings] == [f"{Path(spec).name} line {n}" for n in (1, 2, 3)]
 
@@ -176,7 +178,8 @@ def test_j_moshis_word_list(tmp_path):
         "{broken", "3", "null", "{}", '{"alignments": null}', '{"alignments": [["a", [0, 1]]]}',
         '{"alignments": [["a", [0], "S"]]}', '{"alignments": [["a", [null, 1], "S"]]}',
         '{"alignments": [[7, [0, 1], "S"]]}', '{"alignments": [["a", [0, 1], null]]}',
-        '{"alignments": [], "text_conditions": {"mood": 3}}', '[{"speaker": "A", "word": "a", "start": 0}]', b"\xff\xfe",
+        '{"alignments": [], "text_conditions": {"mood": 3}}', '[{"speaker": "A", "word": "a", "start": 0}]',
+        '{"alignments": [["a", [NaN, 1], "S"]]}', '{"alignments": [["a", ["0", 1], "S"]]}', b"\xff\xfe",
     ],
 )  # fmt: skip
 def test_broken_transcripts_are_refused(text, tmp_path):
@@ -233,7 +236,7 @@ def test_any_rate_becomes_24_khz(rate_hz, tmp_path):
     assert wav_CS.dtype == np.float32
     middle_CS = wav_CS[:, 4000:20_000] * np.hanning(16_000)
     peaks_hz = np.abs(np.fft.rfft(middle_CS)).argmax(1) * 24_000 / 16_000
-    np.testing.assert_allclose(peaks_hz, [LEFT_HZ, RIGHT_HZ], atol=1.5)
+    np.testing.assert_allclose(peaks_hz, TONES_HZ[:2], atol=1.5)
     assert np.abs(wav_CS[:, 4000:20_000]).max(1) == pytest.approx([0.5, 0.5], abs=0.02)
 
 
@@ -372,6 +375,17 @@ def test_several_bad_files_are_counted(tmp_path):
     spec = write_manifest(tmp_path / "m.jsonl", {"x.wav": 1.0, "y.wav": 1.0, "z.wav": 1.0})
     with pytest.raises(UserError, match=r"m\.jsonl line 1: .*\(and 2 more bad files\)"):
         open_dataset(spec)
+
+
+def test_a_path_that_no_file_can_have_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"m\.jsonl line 1: .*mend the path"):
+        open_dataset(write_manifest(tmp_path / "m.jsonl", {"a" * 5000: 1.0}))
+
+
+@pytest.mark.parametrize("duration_sec", [0.05, 1e-6])
+def test_windows_shorter_than_a_frame_are_refused(duration_sec, talks):
+    with pytest.raises(UserError, match=f"^duration_sec: {duration_sec} is shorter than one frame"):
+        open_dataset(talks, duration_sec)
 
 
 def test_nothing_left_stops_even_under_skip(tmp_path):

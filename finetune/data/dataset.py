@@ -9,7 +9,15 @@ import numpy as np
 
 from finetune import distributed
 from finetune.data.audio import read_window
-from finetune.data.manifest import Recording, Source, check_channels, check_recordings, read_sources
+from finetune.data.manifest import (
+    DURATION_SLACK_SEC,
+    MAKE_MANIFEST,
+    Recording,
+    Source,
+    check_channels,
+    check_recordings,
+    read_sources,
+)
 from finetune.data.transcript import MAIN_SPEAKER, read_transcript
 from finetune.data.types import SAMPLE_RATE_HZ, BadRecording, Clip
 from finetune.errors import UserError
@@ -58,6 +66,8 @@ class Dataset:
         Raises:
             UserError: a manifest is wrong, a file is bad and `on_error` is `fail`, or nothing is left.
         """
+        if duration_sec < min_duration_sec:
+            raise UserError(f"duration_sec: {duration_sec} is shorter than one frame; set {min_duration_sec} or more")
         sources = read_sources(spec, key)
         recordings = [recording for source in sources for recording in source.recordings]
         # One rank asks the file system, the others are told.
@@ -86,6 +96,8 @@ class Dataset:
         try:
             wav_CS = read_window(recording.path, window.start_sec, self._length_sec(window))
             check_channels(len(wav_CS), self.min_channels)
+            if wav_CS.shape[-1] / SAMPLE_RATE_HZ < self._length_sec(window) - DURATION_SLACK_SEC:
+                raise BadRecording(f"ends inside the window at {window.start_sec:g} s; {MAKE_MANIFEST}")
             transcript = read_transcript(recording.path)
         except BadRecording as problem:
             line = f"{recording.place}: {recording.path}: {problem}"

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from finetune.errors import UserError
 
 # A manifest may round a file's length. Less than a frame, so that no window can start past the end of its file.
 DURATION_SLACK_SEC = 0.05
-_MAKE_MANIFEST = "make the manifest anew with scripts/make_manifest.py"
+MAKE_MANIFEST = "make the manifest anew with scripts/make_manifest.py"
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,14 @@ def _read_source(path: Path, key: str) -> list[Recording]:
     if path.is_dir():
         manifests = sorted([*path.rglob("*.jsonl"), *path.rglob("*.jsonl.gz")])
         if not manifests:
-            raise UserError(f"{key}: {path}: no .jsonl below this folder; {_MAKE_MANIFEST}")
+            raise UserError(f"{key}: {path}: no .jsonl below this folder; {MAKE_MANIFEST}")
     elif path.exists():
         manifests = [path]
     else:
         raise UserError(f"{key}: {path}: no such file or folder; give a manifest (.jsonl) or a folder of them")
     recordings = [recording for manifest in manifests for recording in _read_manifest(manifest, key)]
     if not recordings:
-        raise UserError(f"{key}: {path}: lists no recording; {_MAKE_MANIFEST}")
+        raise UserError(f"{key}: {path}: lists no recording; {MAKE_MANIFEST}")
     return recordings
 
 
@@ -82,8 +83,8 @@ def _read_manifest(path: Path, key: str) -> list[Recording]:
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
             numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}: {path}: cannot be read ({error}); {_MAKE_MANIFEST}") from error
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: {path}: cannot be read ({error}); {MAKE_MANIFEST}") from error
     return [_parse_line(line, path, f"{path.name} line {number}", key) for number, line in numbered]
 
 
@@ -96,9 +97,9 @@ def _parse_line(line: str, manifest: Path, place: str, key: str) -> Recording:
         shape = '{"path": "a.wav", "duration": 12.3}'
         raise UserError(f"{key}: {place}: {problem} in {line.strip()!r:.80}; write {shape}") from error
     if not isinstance(audio, str) or isinstance(duration, bool) or not isinstance(duration, (int, float)):
-        raise UserError(f"{key}: {place}: path must be text and duration seconds; {_MAKE_MANIFEST}")
+        raise UserError(f"{key}: {place}: path must be text and duration seconds; {MAKE_MANIFEST}")
     if not (duration > 0 and math.isfinite(duration)):
-        raise UserError(f"{key}: {place}: duration is {duration}; {_MAKE_MANIFEST}")
+        raise UserError(f"{key}: {place}: duration is {duration}; {MAKE_MANIFEST}")
     return Recording(manifest.parent / audio, float(duration), place)
 
 
@@ -118,7 +119,9 @@ def check_recording(recording: Recording, min_channels: int, min_duration_sec: f
             raise BadRecording(f"shorter than one frame ({min_duration_sec} s); remove the line")
         if length_sec and length_sec < recording.duration_sec - DURATION_SLACK_SEC:
             said = f"lasts {length_sec:.2f} s, not {recording.duration_sec:.2f} s"
-            raise BadRecording(f"{said}; {_MAKE_MANIFEST}")
+            raise BadRecording(f"{said}; {MAKE_MANIFEST}")
+    except OSError as error:
+        return f"{recording.place}: {recording.path}: {error.strerror}; mend the path or remove the line"
     except BadRecording as problem:
         return f"{recording.place}: {recording.path}: {problem}"
     return None

@@ -1,13 +1,14 @@
 """Word-timestamp files: moshi-finetune's `alignments` and J-Moshi's word lists."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from finetune.data.types import BadRecording, Word
+from finetune.data.types import SAMPLE_RATE_HZ, BadRecording, Word
 
 MAIN_SPEAKER = "SPEAKER_MAIN"  # the left channel
 OTHER_SPEAKER = "SPEAKER_OTHER"
@@ -23,10 +24,12 @@ class Transcript:
 
     def window(self, start_sec: float, duration_sec: float) -> list[Word]:
         """The words that start inside a window, with times from the window's start."""
+        start = round(start_sec * SAMPLE_RATE_HZ)  # in samples, as windows are cut: sums of seconds drift
+        stop = start + round(duration_sec * SAMPLE_RATE_HZ)
         return [
             Word(word.text, word.start_sec - start_sec, word.end_sec - start_sec, word.speaker)
             for word in self.words
-            if start_sec <= word.start_sec < start_sec + duration_sec
+            if start <= round(word.start_sec * SAMPLE_RATE_HZ) < stop
         ]
 
 
@@ -56,12 +59,12 @@ def read_transcript(audio_path: Path) -> Transcript:
 def _parse(raw: Any) -> tuple[list[Word], dict[str, str]]:
     if isinstance(raw, list):
         words = [
-            Word(_text(entry["word"]), float(entry["start"]), float(entry["end"]), _speaker(entry["speaker"]))
+            Word(_text(entry["word"]), _time(entry["start"]), _time(entry["end"]), _speaker(entry["speaker"]))
             for entry in raw
         ]
         return words, {}
     words = [
-        Word(_text(text), float(start), float(end), _speaker(speaker))
+        Word(_text(text), _time(start), _time(end), _speaker(speaker))
         for text, (start, end), speaker in raw["alignments"]
     ]
     conditions = raw.get("text_conditions") or {}
@@ -72,6 +75,12 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not text")
     return value
+
+
+def _time(value: Any) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a time")
+    return float(value)
 
 
 def _speaker(label: Any) -> str:

@@ -17,7 +17,7 @@ def family_class(name: str) -> type[Family]:
     Raises:
         UserError: there is no such family.
     """
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"model.family: {name!r} is not one of {', '.join(FAMILIES)}")
     module, _, attribute = FAMILIES[name].partition(":")
     return getattr(import_module(module), attribute)

@@ -53,11 +53,11 @@ def find_files(paths: ModelPaths) -> tuple[CheckpointInfo, dict[str, str]]:
     for key, path in local.items():
         if not path.is_file():
             raise UserError(f"model.{_yaml_key(paths, key)}: {path}: no such file")
+        if key in ("config", "mimi_config_name"):
+            read_json(path)  # moshi reads it again, without saying which file is broken
     complete = {"moshi_name", "mimi_name", "tokenizer_name"} <= local.keys()
     if paths.hf_repo_id is None and not complete:
         raise UserError("model: no weights; set hf_repo_id, path, or moshi_path, mimi_path and tokenizer_path")
-    if "config" in local:
-        read_json(local["config"])  # moshi reads it again, without saying which file is broken
     if paths.hf_repo_id is None and "config" not in local:
         # moshi's first releases had no config.json: the 7B model.
         info = CheckpointInfo(local["moshi_name"], local["mimi_name"], local["tokenizer_name"])
@@ -102,12 +102,16 @@ def _local_files(paths: ModelPaths) -> dict[str, Path]:
     return found
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file, or a UserError that names it."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object's file, or a UserError that names it."""
+    remedy = "mend it or download it again"
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"model: {path}: cannot be read as JSON ({error}); mend it or download it again") from error
+        raise UserError(f"model: {path}: cannot be read as JSON ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"model: {path}: holds no JSON object; {remedy}")
+    return value
 
 
 def _yaml_key(paths: ModelPaths, key: str) -> str:
