@@ -96,11 +96,13 @@ def test_merged_weights_load_in_moshi(config, tmp_path, finetuning):
     assert_same_logits(family, model, loaded)
 
 
-@pytest.mark.parametrize("fuse_lora", [True, False])
-def test_moshis_generator_streams_a_checkpoint(config, tmp_path, fuse_lora):
-    """LMGen, forced along the codes of a clip, gives the training model's text logits frame by frame."""
+@pytest.mark.parametrize("streamed_model", ["fused", "adapters", "the training model itself"])
+def test_moshis_generator_streams_a_checkpoint(config, tmp_path, streamed_model):
+    """LMGen's greedy dialogue, taught to the training forward, gives its text logits and audio codes back."""
     args, family, model = trained(config, tmp_path, do_ckpt=True)
-    info, loaded = load_with_moshi(save(args, family, model), fuse_lora=fuse_lora)
+    info, loaded = load_with_moshi(save(args, family, model), fuse_lora=streamed_model == "fused")
+    if streamed_model == "the training model itself":
+        loaded = model.eval()
     mimi = info.get_mimi(device="cpu")
     user_codes_BKT = mimi.encode(0.1 * torch.randn(1, 1, 20 * 1920))
     streamed, tokens = [], []
@@ -120,9 +122,13 @@ def test_moshis_generator_streams_a_checkpoint(config, tmp_path, fuse_lora):
     batch = random_batch(family, num_frames=num_frames, batch_size=2)
     batch.codes_BKT.copy_(codes_BKT.expand(2, -1, -1))
     batch.loss_weight_BKT.fill_(1.0)
-    trained_logits = head_logits(model.eval(), lambda: family.nll(model, batch))[0][:num_frames]
+    text_logits, *audio_logits = head_logits(model.eval(), lambda: family.nll(model, batch))
     streamed_logits = torch.cat(streamed)[:num_frames, 0, 0]
-    torch.testing.assert_close(streamed_logits, trained_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(streamed_logits, text_logits[:num_frames], rtol=1e-4, atol=1e-4)
+    for codebook, logits in enumerate(audio_logits, 1):
+        delay = model.delays[codebook]
+        greedy = logits[delay:num_frames].argmax(-1)
+        assert torch.equal(greedy, generated_BKT[0, codebook, : num_frames - delay]), codebook
 
 
 def test_a_merged_weight_is_rounded_once(config, tmp_path):

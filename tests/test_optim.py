@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.args import OptimArgs
-from finetune.lora import initial_adapter_weight
+from finetune.args import LoraArgs, OptimArgs
+from finetune.lora import LoRALinear, initial_adapter_weight, merged_weight
 from finetune.optim import build_optimizer, build_schedule, clip_gradients
 
 
@@ -72,6 +72,18 @@ def test_clipping_is_torchs_and_0_turns_it_off():
     for parameter in scaled[:2]:
         parameter.grad *= 1024
     assert clip_gradients(scaled, 0.0, scale=1024.0) == pytest.approx(norm.item())
+
+
+def test_dropout_falls_on_the_adapter_in_training_alone():
+    layer = LoRALinear(nn.Linear(8, 6), LoraArgs(rank=2, dropout=0.5))
+    x = torch.randn(64, 8)
+    nn.init.zeros_(layer.lora_B.weight)
+    assert torch.equal(layer.train()(x), layer(x))  # the base alone
+    nn.init.ones_(layer.lora_B.weight)
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+    merged = merged_weight(layer.weight, layer.lora_A.weight, layer.lora_B.weight, layer.scaling)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, merged, layer.bias))
 
 
 def test_adapters_start_as_nothing_and_alike_on_every_rank():

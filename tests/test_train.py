@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from conftest import CPU, QUICKSTART, read_lines, run_module, write_config
 from finetune import args as configuration
 from finetune.data.types import ABSENT
+from finetune.evaluate import evaluate
 from finetune.families import args_class
 from finetune.loss import denominators, local_loss
 from finetune.optim import LossScale, build_optimizer
@@ -204,6 +206,50 @@ def test_hybrid_sharding_in_low_precision_learns(param_dtype, config, tmp_path):
     assert result.returncode == 0, result.stderr
     losses = [record["loss"] for record in read_lines(Path(config["run_dir"]) / "metrics.train.jsonl")]
     assert losses[-1] < losses[0] - 1
+
+
+def test_the_best_checkpoint_has_the_lowest_evaluation_loss(config, tmp_path):
+    """A learning rate that breaks the model: the first evaluations are the best."""
+    changes = {"do_eval": True, "eval_freq": 1, "do_ckpt": True, "ckpt_freq": 1, "max_steps": 4}
+    run_dir = run(config | changes | {"optim": {"lr": 3.0, "pct_start": 0.9}}, tmp_path)
+    losses = {record["step"]: record["loss"] for record in read_lines(run_dir / "metrics.eval.jsonl")}
+    lowest = min(losses, key=losses.__getitem__)
+    assert lowest < 4
+    assert (run_dir / "checkpoints" / "best").resolve().name == f"checkpoint_{lowest:06d}"
+
+
+def test_evaluation_is_without_dropout_and_training_goes_on_with_it(config, tmp_path):
+    changes = {"lora": {"rank": 4, "dropout": 0.5}, "do_eval": True}
+    args = configuration.load(write_config(tmp_path, config | changes), {}, args_class)
+    family = train.build_family(args, CPU)
+    model, _ = train.build_model(args, family, torch.float32, CPU)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.train()
+    loader = train.build_loader(args, family, evaluation=True)
+    first, second = (evaluate(model, family, loader, None, CPU) for _ in range(2))
+    assert first == second
+    assert model.training
+
+
+def test_float16_trains_as_float32_does(config, tmp_path):
+    """The loss scale cancels out: nearly the same losses and gradient norms."""
+    changes = {"max_steps": 3, "duration_sec": 2.0, "batch_size": 1, "max_norm": 0.1}
+    runs = [
+        run(config | changes | {"param_dtype": dtype, "run_dir": str(tmp_path / dtype)}, tmp_path)
+        for dtype in ("float32", "float16")
+    ]
+    exact, half = (read_lines(run_dir / "metrics.train.jsonl") for run_dir in runs)
+    for key in ("loss", "grad_norm"):
+        assert [record[key] for record in half] == pytest.approx([record[key] for record in exact], rel=0.02)
+
+
+def test_a_step_that_overflows_changes_nothing(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(LossScale, "accepts", lambda self, norm: False)
+    run_dir = run(config | {"do_ckpt": True}, tmp_path)
+    (file,) = (run_dir / "checkpoints").glob("checkpoint_*/consolidated/lora.safetensors")
+    assert all((tensor == 0).all() for name, tensor in load_file(file).items() if "lora_B" in name)
 
 
 def test_float16_skips_a_step_that_overflows():
