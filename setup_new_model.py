@@ -15,11 +15,11 @@ from finetune.families import args_class, family_class
 def setup(config: str, overrides: dict[str, str]) -> None:
     """Make the model of the `model` section."""
     model, seed = configuration.load_model(config, overrides, args_class)
+    if getattr(model, "architecture", None) is None:
+        raise UserError(f"{config}: describes no new model; set model.architecture and model.path")
     made = distributed.on_main_rank(family_class(model.family).prepare, model, seed)
-    if made is None:
-        raise UserError(f"{config}: describes no new model, or it is there; see model.path and model.architecture")
     if distributed.is_main():
-        print(f"made an untrained model in {made}")
+        print(f"made an untrained model in {made}" if made else f"{model.path} holds this model already")
 
 
 if __name__ == "__main__":

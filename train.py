@@ -51,7 +51,7 @@ def train(args: TrainArgs) -> None:
     device = distributed.device()
     dtype = compute_dtype(args.param_dtype, device)
     torch.manual_seed(args.seed + distributed.rank())  # dropout; weights and data have seeds of their own
-    distributed.on_main_rank(open_run_dir, args)
+    distributed.on_main_rank(refuse_used_run_dir, args)
 
     family = build_family(args, device)
     loader = build_loader(args, family, evaluation=False)
@@ -65,6 +65,7 @@ def train(args: TrainArgs) -> None:
     meter = Meter(family.terms, device)
     best_eval_loss = float("inf")
 
+    distributed.on_main_rank(open_run_dir, args)
     model.train()
     with Report(args) as report, closing(iter(loader)) as batches:
         for step in range(1, args.max_steps + 1):
@@ -82,8 +83,7 @@ def train(args: TrainArgs) -> None:
 
             if is_last or every(step, args.log_freq):
                 record = meter.read()
-                eta_sec = (args.max_steps - step) * record["step_sec"]
-                extra = {"lr": lr, "grad_norm": norm.item(), "eta_sec": eta_sec}
+                extra = {"lr": lr, "grad_norm": norm.item(), "eta_sec": meter.sec_of(args.max_steps - step)}
                 report.log("train", step, record | extra)
 
             is_best = False
@@ -121,19 +121,29 @@ def every(step: int, frequency: int) -> bool:
     return frequency > 0 and step % frequency == 0
 
 
-def open_run_dir(args: TrainArgs) -> None:
-    """Make the run's folder and write the configuration into it; a used one is refused or emptied."""
+def refuse_used_run_dir(args: TrainArgs) -> None:
+    """Make sure that the run's folder is there, can be written, and is empty or may be emptied."""
     run_dir = Path(args.run_dir)
     try:
-        if run_dir.exists() and any(run_dir.iterdir()):
-            if not args.overwrite_run_dir:
-                raise UserError(f"run_dir: {run_dir} holds a run; choose another or set overwrite_run_dir: true")
-            shutil.rmtree(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        configuration.save(args, run_dir / "args.yaml")
+        is_used = any(run_dir.iterdir())
     except OSError as error:
         raise UserError(f"run_dir: {run_dir} cannot be written ({error.strerror}); choose another") from error
+    if not os.access(run_dir, os.W_OK):
+        raise UserError(f"run_dir: {run_dir} cannot be written; choose another or mend its permissions")
+    if is_used and not args.overwrite_run_dir:
+        raise UserError(f"run_dir: {run_dir} holds a run; choose another or set overwrite_run_dir: true")
     logger.info("run_dir: %s, ranks: %d", run_dir, distributed.world_size())
+
+
+def open_run_dir(args: TrainArgs) -> None:
+    """Empty the run's folder and write the configuration into it; the last thing before the first step."""
+    run_dir = Path(args.run_dir)
+    if any(run_dir.iterdir()):
+        logger.warning("warning: emptying %s (overwrite_run_dir: true)", run_dir)
+        shutil.rmtree(run_dir)
+        run_dir.mkdir()
+    configuration.save(args, run_dir / "args.yaml")
 
 
 def build_family(args: TrainArgs, device: torch.device) -> Family:

@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -71,8 +71,8 @@ def decode(cls: type[T], raw: Any, where: str = "") -> T:
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
     for key in raw:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            remedy = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(known)}"
+            close = _closest(str(key), cls)
+            remedy = f"did you mean {prefix}{close}?" if close else f"known keys: {', '.join(known)}"
             raise UserError(f"{prefix}{key}: unknown key (value {_shown(raw[key], f'{prefix}{key}')}); {remedy}")
     values = {}
     for name, field in known.items():
@@ -84,6 +84,21 @@ def decode(cls: type[T], raw: Any, where: str = "") -> T:
         return cls(**values)
     except ValueError as error:  # raised by the dataclass' own checks, which name the key without its section
         raise UserError(f"{prefix}{error}") from error
+
+
+def _closest(key: str, cls: type) -> str | None:
+    """The key that was probably meant, here or in a section below: `lr` gives `optim.lr`."""
+    dotted = {name.rpartition(".")[2]: name for name in reversed(list(_dotted_keys(cls)))}
+    close = difflib.get_close_matches(key, dotted, n=1)
+    inside = [name for leaf, name in dotted.items() if key.endswith(f"_{leaf}")]
+    return dotted[key] if key in dotted else dotted[close[0]] if close else inside[0] if inside else None
+
+
+def _dotted_keys(cls: type) -> Iterator[str]:
+    for name, hint in get_type_hints(cls).items():
+        yield name
+        if is_dataclass(hint):
+            yield from (f"{name}.{inner}" for inner in _dotted_keys(hint))  # type: ignore[arg-type]
 
 
 def encode(config: Any) -> Any:
@@ -159,6 +174,8 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is float and (number := _as_float(value)) is not None:
         return number
     expected = {bool: "true or false", int: "a whole number", float: "a number"}[hint]
+    if hint is int and (number := _as_float(value)) is not None and number.is_integer():
+        expected += f", written {int(number)}"
     raise _mismatch(where, value, expected)
 
 

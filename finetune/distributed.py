@@ -1,11 +1,13 @@
 """Ranks, sums over ranks, and how a run ends: process-group set-up, main-rank logging, one error line."""
 
+import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
@@ -127,12 +129,22 @@ def one_line_errors() -> Iterator[None]:
             raise
         # A rank that left breaks the collectives of the others; its line says why.
         if isinstance(error, UserError) and once("error"):
-            print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+            line = f"error: {' '.join(str(error).split())}"
+            print(line, file=sys.stderr, flush=True)
+            _tell_torchrun(line)
         else:
             time.sleep(_SILENT_RANK_GRACE_SEC)
         # Not sys.exit: reader threads and the peers' collectives must not hold the process back.
         sys.stdout.flush()
         os._exit(EXIT_USER_ERROR)
+
+
+def _tell_torchrun(line: str) -> None:
+    """Have the summary that torchrun ends with repeat a line (torch.distributed.elastic.multiprocessing.errors)."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
 
 
 def set_up_logging() -> None:

@@ -33,6 +33,7 @@ class Meter:
         self._terms = terms
         self._device = device
         self._num_rows = sum(len(range(*term.rows.indices(1 << 16))) for term in terms)
+        self._run_sec, self._run_steps = 0.0, 0
         self._reset()
 
     def _reset(self) -> None:
@@ -67,6 +68,7 @@ class Meter:
         assert self._sums_2K is not None
         losses = summarize(distributed.all_sum(self._sums_2K).cpu(), self._terms)
         elapsed = time.perf_counter() - self._started - self._paused_sec
+        self._run_sec, self._run_steps = self._run_sec + elapsed, self._run_steps + self._steps
         audio_sec, frames, useful_frames, tokens, useful_tokens = distributed.all_sum(self._counts).tolist()
         record = {
             **losses,
@@ -80,6 +82,10 @@ class Meter:
         }
         self._reset()
         return record
+
+    def sec_of(self, num_steps: int) -> float:
+        """How long so many steps take, by the mean of the run so far."""
+        return num_steps * self._run_sec / self._run_steps
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -158,7 +164,7 @@ class Report:
         if kind == "eval":
             self._say(f"eval   step {step}/{self._max_steps}  {text}")
             return
-        speed = f"{record['audio_sec_per_sec']:.1f} s audio/s"
+        speed = f"{record['audio_sec_per_sec']:.1f}x real time"
         if self._bar.disable:
             eta = time.strftime("%H:%M:%S", time.gmtime(record["eta_sec"]))
             self._say(f"step {step}/{self._max_steps}  {text}  lr {record['lr']:.2e}  {speed}  ETA {eta}")

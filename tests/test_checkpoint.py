@@ -15,6 +15,7 @@ from conftest import CPU, write_config
 from finetune import args as configuration
 from finetune.checkpoint import Checkpointer
 from finetune.families import args_class
+from merge_adapter import merge
 from test_moshi_parity import our_loss, random_batch
 
 
@@ -164,6 +165,17 @@ def test_training_goes_on_from_a_merged_checkpoint(config, tmp_path):
     _, merged = load_with_moshi(consolidated, fuse_lora=False)
     for name, expected in merged.named_parameters():
         assert torch.equal(continued.state_dict()[name], expected), name
+
+
+def test_an_adapter_is_merged_later(config, tmp_path):
+    """The script gives what `save_adapters: false` would have saved."""
+    args, family, model = trained(config, tmp_path, do_ckpt=True)
+    merge(save(args, family, model), tmp_path / "merged", torch.float32)
+    _, merged = load_with_moshi(tmp_path / "merged", fuse_lora=False)
+    assert_same_logits(family, model, merged)
+    section = {"hf_repo_id": None, "path": str(tmp_path / "merged")}
+    again = configuration.load(write_config(tmp_path, config | {"model": section}), {}, args_class)
+    train.build_model(again, train.build_family(again, CPU), torch.float32, CPU)
 
 
 def test_training_from_an_adapters_config_is_refused(config, tmp_path):

@@ -104,7 +104,7 @@ class Dataset:
             if self.on_error == "fail":
                 raise UserError(_failure(self.key, line)) from problem
             if distributed.once(f"bad recording {recording.path}"):
-                logger.error("skipped: %s: %s", self.key, line)
+                logger.error("warning: skipped: %s: %s", self.key, line)
             return self.empty_clip()
         return Clip(
             wav_CS=wav_CS,
@@ -142,7 +142,7 @@ def _report(problems: dict[int, str], key: str, on_error: OnError) -> None:
         more = f" (and {len(lines) - 1} more bad files)" if len(lines) > 1 else ""
         raise UserError(_failure(key, lines[0]) + more)
     for line in lines:
-        logger.warning("skipped: %s: %s", key, line)
+        logger.warning("warning: skipped: %s: %s", key, line)
 
 
 def _warn_without_main_speaker(recordings: Sequence[Recording], key: str) -> None:
@@ -155,9 +155,8 @@ def _warn_without_main_speaker(recordings: Sequence[Recording], key: str) -> Non
             continue  # reported already
     if labels and MAIN_SPEAKER not in labels:
         said = ", ".join(sorted(labels))
-        logger.warning(
-            "%s: no word is labelled %s (labels: %s); is the text meant to be empty?", key, MAIN_SPEAKER, said
-        )
+        remedy = f"label the left channel's words {MAIN_SPEAKER} or set model.keep_main_only: false"
+        logger.warning("warning: %s: no word is labelled %s (labels: %s); %s", key, MAIN_SPEAKER, said, remedy)
 
 
 def _failure(key: str, line: str) -> str:

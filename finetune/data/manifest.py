@@ -85,7 +85,7 @@ def _read_manifest(path: Path, key: str) -> list[Recording]:
             numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{key}: {path}: cannot be read ({error}); {MAKE_MANIFEST}") from error
-    return [_parse_line(line, path, f"{path.name} line {number}", key) for number, line in numbered]
+    return [_parse_line(line, path, f"{path} line {number}", key) for number, line in numbered]
 
 
 def _parse_line(line: str, manifest: Path, place: str, key: str) -> Recording:

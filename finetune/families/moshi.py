@@ -93,7 +93,7 @@ class MoshiFamily:
         self._info, self._addresses = find_files(args)
         config = self._info.raw_config or loaders._lm_kwargs
         if config.get("lora"):
-            remedy = "merge it first (save_adapters: false) or start from its base"
+            remedy = "merge it first (scripts/merge_adapter.py) or start from its base"
             raise UserError(f"model: the config describes an adapter (lora: true); {remedy}")
         self._config: dict[str, Any] = {key: config[key] for key in config if key not in _NOT_FOR_LM}
         self._lm_kwargs = _lm_kwargs(self._info.lm_config or loaders._lm_kwargs)
