@@ -97,10 +97,11 @@ CASES = {
     "used_run_dir": Case(used_run_dir, ["run_dir: ", "holds a run", "overwrite_run_dir: true"], ranks=2),
     "missing_manifest": Case(missing_manifest, ["data.train_data: ", "none.jsonl", "give a manifest"]),
     "bad_file_at_start": Case(
-        bad_file_at_start, ["data.train_data: talks.jsonl line 2: ", "text.wav", "convert it", "on_error: skip"]
+        bad_file_at_start,
+        ["error: data.train_data: ", "talks.jsonl line 2: ", "text.wav", "convert it", "on_error: skip"],
     ),
     "silent_file": Case(
-        silent_file, ["data.train_data: talks.jsonl line 9: ", "silent.wav", "swap the channels"], ranks=2
+        silent_file, ["error: data.train_data: ", "talks.jsonl line 9: ", "silent.wav", "swap the channels"], ranks=2
     ),
     "hub_repo": Case(
         hub_repo, ["model.hf_repo_id: kyutai/moshiko", "check the network"], environment={"HF_HUB_OFFLINE": "1"}

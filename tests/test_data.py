@@ -69,7 +69,7 @@ def test_manifests_list_recordings_relative_to_themselves(kind, tmp_path):
     paths = [base / "a.wav", base / "sub" / "b.wav", tmp_path / "c.flac"]
     assert [recording.path for recording in source.recordings] == paths
     assert [recording.duration_sec for recording in source.recordings] == [1.5, 2.0, 3.25]
-    assert [recording.place for recording in source.recordings] == [f"{Path(spec).name} line {n}" for n in (1, 2, 3)]
+    assert [recording.place for recording in source.recordings] == [f"{spec} line {n}" for n in (1, 2, 3)]
 
 
 def test_a_folder_gives_all_its_manifests_and_blank_lines_count_as_lines(tmp_path):
@@ -78,7 +78,10 @@ def test_a_folder_gives_all_its_manifests_and_blank_lines_count_as_lines(tmp_pat
     (tmp_path / "x" / "a.jsonl").write_text('\n  \n{"path": "a.wav", "duration": 1.0}\n\n')
     (source,) = read_sources(str(tmp_path), KEY)
     places = {recording.path.relative_to(tmp_path): recording.place for recording in source.recordings}
-    assert places == {Path("x/a.wav"): "a.jsonl line 3", Path("b.wav"): "b.jsonl.gz line 1"}
+    assert places == {
+        Path("x/a.wav"): f"{tmp_path}/x/a.jsonl line 3",
+        Path("b.wav"): f"{tmp_path}/b.jsonl.gz line 1",
+    }
 
 
 def test_sources_have_normalised_weights_and_may_hold_colons(tmp_path):
@@ -143,7 +146,7 @@ def test_malformed_lines_are_named(line, parts, tmp_path):
     path.write_text('{"path": "a.wav", "duration": 1}\n' + line + "\n")
     with pytest.raises(UserError) as refused:
         read_sources(str(path), KEY)
-    for part in [f"{KEY}: talks.jsonl line 2: ", *parts]:
+    for part in [f"{KEY}: {path} line 2: ", *parts]:
         assert part in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -328,7 +331,7 @@ def read_all(dataset: Dataset) -> list[Clip]:
 
 
 def check_line(line: str, folder: Path, says: str) -> None:
-    assert f"{KEY}: talks.jsonl line 2: {folder / 'bad.wav'}: " in line
+    assert f"{KEY}: {folder / 'talks.jsonl'} line 2: {folder / 'bad.wav'}: " in line
     assert says in line
     assert "\n" not in line
 

@@ -63,10 +63,12 @@ def test_any_split_of_a_batch_trains_the_same(finetuning, others, config, tmp_pa
         assert result.returncode == 0, result.stderr
         weights = final_weights(run)
         losses = [record["loss"] for record in read_lines(run["run_dir"] / "metrics.train.jsonl")]
+        norms = [record["grad_norm"] for record in read_lines(run["run_dir"] / "metrics.train.jsonl")]
         if reference is None:
-            reference, reference_losses = weights, losses
+            reference, reference_losses, reference_norms = weights, losses, norms
             continue
         assert losses == pytest.approx(reference_losses, rel=1e-5), name
+        assert norms == pytest.approx(reference_norms, rel=1e-3), name  # AdamW alone hides a wrong scale
         for key, expected in reference.items():
             torch.testing.assert_close(weights[key], expected, rtol=1e-3, atol=2e-5, msg=f"{name}: {key}")
 
