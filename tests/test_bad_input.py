@@ -158,7 +158,7 @@ def test_what_is_no_yaml(tmp_path):
         ("config.json", {"card": 1024}, ["model: ", "512", "1024", "use the model's own codec"]),
         ("config.json", {"dim": 32}, ["model: ", "[513, 64] in the checkpoint", "[513, 32] here"]),
         ("config.json", {"num_layers": 3}, ["model: ", "the checkpoint lacks transformer.layers.2."]),
-        ("config.json", {"lora": True}, ["model: ", "adapter", "save_adapters: false"]),
+        ("config.json", {"lora": True}, ["model: ", "adapter", "scripts/merge_adapter.py"]),
     ],
 )
 def test_spoiled_model_files_are_named(name, content, says, tiny_moshi, tmp_path):

@@ -70,7 +70,18 @@ def test_any_split_of_a_batch_trains_the_same(finetuning, others, config, tmp_pa
         assert losses == pytest.approx(reference_losses, rel=1e-5), name
         assert norms == pytest.approx(reference_norms, rel=1e-3), name  # AdamW alone hides a wrong scale
         for key, expected in reference.items():
-            torch.testing.assert_close(weights[key], expected, rtol=1e-3, atol=2e-5, msg=f"{name}: {key}")
+            got, expected = (has_gradient(key, weight) for weight in (weights[key], expected))
+            torch.testing.assert_close(
+                got, expected, rtol=1e-3, atol=2e-5, msg=lambda text, where=f"{name}: {key}": f"{where}: {text}"
+            )
+
+
+def has_gradient(key: str, weight: torch.Tensor) -> torch.Tensor:
+    """The Depformer's first step attends to itself alone, so the gradient of its queries and keys is nothing but
+    rounding, which AdamW blows up; only the values are compared."""
+    if key.startswith("depformer.") and ".in_projs.0." in key and "lora_A" not in key:
+        return weight.chunk(3)[2]
+    return weight
 
 
 def test_every_streaming_module_becomes_shardable(family):
