@@ -24,6 +24,7 @@ from finetune.checkpoint import Checkpointer
 from finetune.cli import launch
 from finetune.data.dataset import Dataset
 from finetune.data.loader import Loader
+from finetune.data.types import SAMPLE_RATE_HZ
 from finetune.errors import UserError
 from finetune.evaluate import evaluate
 from finetune.families import args_class, family_class
@@ -50,7 +51,6 @@ def train(args: TrainArgs) -> None:
     """config → family → data → loop → checkpoint."""
     device = distributed.device()
     dtype = compute_dtype(args.param_dtype, device)
-    torch.manual_seed(args.seed + distributed.rank())  # dropout; weights and data have seeds of their own
     distributed.on_main_rank(refuse_used_run_dir, args)
 
     family = build_family(args, device)
@@ -67,18 +67,15 @@ def train(args: TrainArgs) -> None:
 
     distributed.on_main_rank(open_run_dir, args)
     model.train()
+    torch.manual_seed(args.seed + distributed.rank())  # dropout; weights and data have seeds of their own
     with Report(args) as report, closing(iter(loader)) as batches:
         for step in range(1, args.max_steps + 1):
             is_last = step == args.max_steps
             microbatches = [next(batches) for _ in range(args.num_microbatches)]
             lr = schedule.get_last_lr()[0]
             accumulate_gradients(model, family, microbatches, loss_scale.value, meter, device)
-            reduce_gradients(parameters)
-            norm = clip_gradients(parameters, args.max_norm, loss_scale.value)
-            if loss_scale.accepts(norm):
-                optimizer.step()
+            norm = update(parameters, optimizer, loss_scale, args.max_norm)
             schedule.step()
-            optimizer.zero_grad()
             meter.end_step()
 
             if is_last or every(step, args.log_freq):
@@ -116,6 +113,18 @@ def accumulate_gradients(
         meter.add(batch, stream_sums(nll_BKT, loss_weight_BKT))
 
 
+def update(
+    parameters: list[torch.Tensor], optimizer: torch.optim.Optimizer, loss_scale: LossScale, max_norm: float
+) -> torch.Tensor:
+    """One optimiser step, unless the gradients overflowed; returns their global norm before clipping."""
+    reduce_gradients(parameters)
+    norm = clip_gradients(parameters, max_norm, loss_scale.value)
+    if loss_scale.accepts(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
 def every(step: int, frequency: int) -> bool:
     """Whether something that happens every so many steps happens now; never at 0."""
     return frequency > 0 and step % frequency == 0
@@ -131,6 +140,8 @@ def refuse_used_run_dir(args: TrainArgs) -> None:
         raise UserError(f"run_dir: {run_dir} cannot be written ({error.strerror}); choose another") from error
     if not os.access(run_dir, os.W_OK):
         raise UserError(f"run_dir: {run_dir} cannot be written; choose another or mend its permissions")
+    if is_used and not (run_dir / "args.yaml").exists():
+        raise UserError(f"run_dir: {run_dir} holds files that are not a run's; choose another")
     if is_used and not args.overwrite_run_dir:
         raise UserError(f"run_dir: {run_dir} holds a run; choose another or set overwrite_run_dir: true")
     logger.info("run_dir: %s, ranks: %d", run_dir, distributed.world_size())
@@ -165,8 +176,9 @@ def build_loader(args: TrainArgs, family: Family, *, evaluation: bool) -> Loader
         key,
         duration_sec=args.duration_sec,
         min_channels=family.min_channels,
-        min_duration_sec=family.frame_size / 24_000,
+        min_duration_sec=family.frame_size / SAMPLE_RATE_HZ,
         on_error=args.data.on_error,
+        main_speaker_only=family.main_speaker_only,
         num_workers=args.data.num_workers,
     )
     logger.info("%s: %d windows of %g s", key, dataset.num_windows, args.duration_sec)
@@ -199,18 +211,19 @@ def build_model(
         embeddings = [table.weight for table in tables]
         return [{"params": adapter_parameters(model) + embeddings}]
 
-    set_param_dtypes(model, [parameter for group in groups() for parameter in group["params"]], dtype)
+    trained = [parameter for group in groups() for parameter in group["params"]]
+    set_param_dtypes(model, trained, family.exact_modules(model), dtype)
     blocks = family.blocks(model)
     prepare_blocks(blocks, compile=args.compile, recompute=args.gradient_checkpointing)
     strategy = choose_strategy(args.parallel, model, dtype, device)
     if strategy != "ddp":
         shard(model, blocks, build_mesh(strategy, args.parallel, device), dtype)
     materialize(model, family.weights(), device, args.seed)
-    trained = sum(p.numel() for group in groups() for p in group["params"])
-    total = sum(p.numel() for p in model.parameters())
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    num_total = sum(p.numel() for p in model.parameters())
     logger.info(
         "training %.2f of %.2f million parameters, computing in %s, spread by %s",
-        trained / 1e6, total / 1e6, str(dtype).removeprefix("torch."), strategy,
+        num_trained / 1e6, num_total / 1e6, str(dtype).removeprefix("torch."), strategy,
     )  # fmt: skip
     return model, groups()
 
@@ -231,7 +244,6 @@ def build_checkpointer(args: TrainArgs, family: Family, dtype: torch.dtype) -> C
 
 def main(config: str, overrides: dict[str, str]) -> None:
     """Train as one YAML file says, with dotted keys of the command line over it."""
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation on GPUs
     train(configuration.load(config, overrides, args_class))
 
 

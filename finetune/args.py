@@ -137,13 +137,13 @@ class TrainArgs:
     do_eval: bool = False
     """Evaluate on `data.eval_data`."""
     eval_freq: int = 0
-    """Steps between evaluations; 0: only after the last step."""
+    """Steps between evaluations; below 1: only after the last step."""
     eval_batches: int | None = None
     """Batches per rank of one evaluation; default: the whole evaluation data."""
     do_ckpt: bool = True
     """Save checkpoints."""
     ckpt_freq: int = 0
-    """Steps between checkpoints; 0: only after the last step."""
+    """Steps between checkpoints; below 1: only after the last step."""
     num_ckpt_keep: int | None = 3
     """Newest checkpoints kept, besides the best one; null keeps all."""
     save_best: bool = True
@@ -163,8 +163,7 @@ class TrainArgs:
         require(self.duration_sec > 0, f"duration_sec: {self.duration_sec} is not positive")
         for name in ("batch_size", "num_microbatches", "max_steps", "log_freq"):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is below 1")
-        for name in ("eval_freq", "ckpt_freq", "max_norm"):
-            require(getattr(self, name) >= 0, f"{name}: {getattr(self, name)} is negative")
+        require(self.max_norm >= 0, f"max_norm: {self.max_norm} is negative")
         for name in ("num_ckpt_keep", "eval_batches"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}: {value} is below 1")

@@ -15,7 +15,7 @@ from finetune import distributed
 from finetune.args import LoraArgs
 from finetune.families.base import Family
 from finetune.lora import adapted_layers, merged_weight
-from finetune.parallel import gather
+from finetune.parallel import gather, reshard
 
 logger = logging.getLogger("parley")
 ADAPTER_FILE = "lora.safetensors"
@@ -51,6 +51,7 @@ class Checkpointer:
 
     def save(self, model: nn.Module, step: int, is_best: bool = False) -> None:
         """Write one checkpoint; all ranks must call it. It appears under its name only once it is complete."""
+        reshard(model)
         tensors = dict(self._tensors(model))
         if distributed.is_main():
             name = f"checkpoint_{step:06d}"
@@ -69,6 +70,7 @@ class Checkpointer:
                     yield name, gather(parameter)
             return
         layers = {f"{name}.weight": layer for name, layer in adapted_layers(model).items()}
+        exact = {id(p) for module in self._family.exact_modules(model) for p in module.parameters()}
         halves = {id(half.weight) for layer in layers.values() for half in (layer.lora_A, layer.lora_B)}
         for name, parameter in model.named_parameters():
             if id(parameter) in halves:
@@ -79,7 +81,7 @@ class Checkpointer:
                 lora_a, lora_b = gather(layer.lora_A.weight), gather(layer.lora_B.weight)
                 if distributed.is_main():
                     weight = merged_weight(weight, lora_a, lora_b, layer.scaling)
-            yield name, weight.to(self._dtype)
+            yield name, weight.to(torch.float32 if id(parameter) in exact else self._dtype)
 
     def _write(self, tensors: dict[str, torch.Tensor], name: str) -> None:
         final, temporary = self._folder / name, self._folder / f".{name}.part"

@@ -15,7 +15,7 @@ def launch(program: Callable[[str, dict[str, str]], None], usage: str) -> None:
     # Values stay text: each field's type decides what they mean, and fire's own reading splits at commas.
     @fire.decorators.SetParseFn(str)
     def main(config: str, *unknown: str, **overrides: str) -> None:
-        with distributed.process_group(), distributed.one_line_errors():
+        with distributed.one_line_errors(), distributed.process_group():
             distributed.set_up_logging()
             if unknown:  # fire would complain about it after the run
                 raise UserError(f"{unknown[0]}: not a key; overrides are written --key=value")

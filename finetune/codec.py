@@ -4,6 +4,7 @@ Shape legend: N waveforms, K codebooks, T frames, S samples.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ class Codec:
     def __init__(self, mimi: MimiModel):
         self._mimi = mimi.float().eval().requires_grad_(False)
         self._device = next(mimi.parameters()).device
+        torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions, and the codec alone has any
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self.frame_size: int = mimi.frame_size
         self.num_codebooks: int = mimi.num_codebooks
@@ -51,5 +53,7 @@ class Codec:
         return codes_NKT.masked_fill(past_end_NT[:, None], ABSENT)
 
     def _encode_some(self, wavs_NS: torch.Tensor) -> torch.Tensor:
-        with torch.cuda.stream(self._stream):  # does nothing where the stream is None
+        on_device = torch.cuda.device(self._device) if self._stream else nullcontext()
+        # Without `on_device` leaving the stream would select, and so open, GPU 0 in this thread.
+        with on_device, torch.cuda.stream(self._stream):  # neither does anything on a CPU
             return self._mimi.encode(wavs_NS[:, None].to(self._device)).cpu()

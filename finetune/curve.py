@@ -25,9 +25,9 @@ def draw_losses(run_dir: Path) -> Path | None:
     axes = figure.subplots()
     for number, name in enumerate(names):
         color, label = f"C{number}", name.replace("_", " ")
-        points = [(record["step"], record[name]) for record in train if name in record]
+        points = [(record["step"], record[name]) for record in train if record.get(name) is not None]
         axes.plot(*zip(*points, strict=True), color=color, label=f"{label} (training)")
-        points = [(record["step"], record[name]) for record in evaluation if name in record]
+        points = [(record["step"], record[name]) for record in evaluation if record.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), "o:", color=color, label=f"{label} (evaluation)", markersize=5)
     axes.set(xlabel="step", ylabel="nats per token", title=run_dir.name, ylim=(0, None))

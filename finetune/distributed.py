@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -18,6 +19,8 @@ from finetune.errors import UserError
 EXIT_USER_ERROR = 2
 # How long the silent ranks stay alive so that torchrun does not stop the one that is printing.
 _SILENT_RANK_GRACE_SEC = 5.0
+# How long ranks wait for one another: the main one may write a large model while the others do nothing.
+_TIMEOUT = timedelta(hours=2)
 
 T = TypeVar("T")
 logger = logging.getLogger("parley")
@@ -52,12 +55,19 @@ def process_group() -> Iterator[None]:
     else:
         store = None  # the environment names a rendezvous
     if device().type == "cuda":
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+            raise UserError(
+                f"torchrun --nproc-per-node: this machine has {torch.cuda.device_count()} GPUs; start as many"
+            )
+        # Less fragmentation; read when CUDA starts, under a name that torch 2.10 changed.
+        name = "PYTORCH_CUDA_ALLOC_CONF" if torch.__version__ < "2.10" else "PYTORCH_ALLOC_CONF"
+        os.environ.setdefault(name, "expandable_segments:True")
         torch.cuda.set_device(device())
         backend = "cpu:gloo,cuda:nccl"
     else:
         backend = "gloo"
     if store is None:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     yield

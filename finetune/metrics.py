@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 import os
 import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -109,7 +111,8 @@ class JsonlFile:
         self._file = path.open("a", buffering=1)  # by line: nothing is lost when the process is killed
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
+        self._file.write(json.dumps(finite) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -166,7 +169,7 @@ class Report:
             return
         speed = f"{record['audio_sec_per_sec']:.1f}x real time"
         if self._bar.disable:
-            eta = time.strftime("%H:%M:%S", time.gmtime(record["eta_sec"]))
+            eta = timedelta(seconds=round(record["eta_sec"]))
             self._say(f"step {step}/{self._max_steps}  {text}  lr {record['lr']:.2e}  {speed}  ETA {eta}")
         else:
             self._bar.set_postfix_str(f"{text}, {speed}")

@@ -53,9 +53,10 @@ def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float, scale: f
     if scale != 1.0:
         torch._foreach_div_(gradients, scale)
     norm = torch.nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm
 
 
 class LossScale:

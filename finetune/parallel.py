@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
@@ -35,12 +35,16 @@ def compute_dtype(param_dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def set_param_dtypes(model: nn.Module, trained: Iterable[torch.Tensor], dtype: torch.dtype) -> None:
-    """Freeze all but `trained`; what is trained is float32, the rest computes in its own type."""
+def set_param_dtypes(
+    model: nn.Module, trained: Iterable[torch.Tensor], exact: Iterable[nn.Module], dtype: torch.dtype
+) -> None:
+    """Freeze all but `trained`; what is trained or in `exact` is float32, the rest has the type it computes in."""
     trained_ids = {id(parameter) for parameter in trained}
+    exact_ids = {id(parameter) for module in exact for parameter in module.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained_ids)
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+        is_float32 = parameter.requires_grad or id(parameter) in exact_ids
+        parameter.data = parameter.data.to(torch.float32 if is_float32 else dtype)
 
 
 def choose_strategy(args: ParallelArgs, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Strategy:
@@ -48,7 +52,8 @@ def choose_strategy(args: ParallelArgs, model: nn.Module, dtype: torch.dtype, de
 
     Replication needs that every trained parameter computes in float32 or is an adapter, which casts itself.
     """
-    replicable = dtype == torch.float32 or not all(p.requires_grad for p in model.parameters())
+    trains_all = all(parameter.requires_grad for parameter in model.parameters())
+    replicable = dtype == torch.float32 or not trains_all
     if args.strategy == "ddp" and not replicable:
         said = "parallel.strategy: ddp with finetuning: full"
         raise UserError(f"{said} would train in {dtype} without float32 masters; use fsdp or param_dtype: float32")
@@ -56,7 +61,6 @@ def choose_strategy(args: ParallelArgs, model: nn.Module, dtype: torch.dtype, de
         return args.strategy
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     fits = device.type == "cpu" or num_bytes < MAX_REPLICATED_SHARE * torch.cuda.mem_get_info(device)[1]
-    trains_all = all(parameter.requires_grad for parameter in model.parameters())
     many = distributed.world_size() > 1
     return "ddp" if replicable and fits and not (trains_all and many) else "fsdp"
 
@@ -147,6 +151,13 @@ def reduce_gradients(parameters: Iterable[torch.Tensor]) -> None:
             pieces = flat.div_(world_size).split([part.numel() for part in bucket])
             torch._foreach_copy_(bucket, [piece.view_as(part) for piece, part in zip(pieces, bucket, strict=True)])
             bucket = []
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what FSDP keeps whole after a forward pass without backward: its parameters are rounded copies."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gather(parameter: torch.Tensor) -> torch.Tensor:

@@ -115,7 +115,7 @@ class TrainingLM(LMModel):
         for layer in self.depformer.layers:
             x_KND = layer(x_KND, rotation=rotation)
         nll = [
-            token_nll(apply_norm(norm, x_ND), head, targets_KN[1 + k, rows])
+            token_nll(apply_norm(norm, x_ND), head, targets_KN[1 + k, rows], MAX_LOGITS // self.dep_q)
             for k, (x_ND, norm, head) in enumerate(zip(x_KND, self.depformer_norms, self.linears, strict=True))
         ]
         return torch.stack(nll)
@@ -128,10 +128,11 @@ class TrainingLM(LMModel):
         return embedding(tokens_N) + self.depformer_in[index](hidden_ND)
 
 
-def token_nll(hidden_ND: torch.Tensor, head: nn.Linear, target_N: torch.Tensor) -> torch.Tensor:
+def token_nll(
+    hidden_ND: torch.Tensor, head: nn.Linear, target_N: torch.Tensor, max_logits: int | None = None
+) -> torch.Tensor:
     """Cross-entropy [N] in float32 of a head's predictions, by chunks of at most MAX_LOGITS logits."""
-    vocabulary = head.out_features
-    rows_per_chunk = max(1, MAX_LOGITS // vocabulary)
+    rows_per_chunk = max(1, (max_logits or MAX_LOGITS) // head.out_features)
 
     def chunk_nll(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(head(hidden).float(), target, reduction="none")

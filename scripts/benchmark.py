@@ -157,7 +157,7 @@ def build_models(
     ours.load_state_dict(plain.state_dict(), assign=True)
     lora = LoraArgs(rank=SIZES[args.size].rank)
     add_adapters(ours, lora)
-    set_param_dtypes(ours, adapter_parameters(ours), dtype)
+    set_param_dtypes(ours, adapter_parameters(ours), family.exact_modules(ours), dtype)
     prepare_blocks(family.blocks(ours), compile=False, recompute=args.recompute)
 
     plain_recipe.add_adapters(plain, lora.rank, lora.scaling)

@@ -6,13 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from conftest import CPU, make_moshi, moshi_args, read_lines, run_module, write_config
-from finetune.args import LoraArgs
+from finetune.args import LoraArgs, ParallelArgs
 from finetune.errors import UserError
 from finetune.families.moshi import MoshiFamily
 from finetune.lora import adapter_parameters, add_adapters
-from finetune.parallel import compute_dtype, materialize, prepare_blocks, set_param_dtypes
+from finetune.parallel import build_mesh, compute_dtype, materialize, prepare_blocks, set_param_dtypes
 from moshi_overrides.fsdp import allow_fully_shard
 
 
@@ -169,10 +170,22 @@ def test_what_is_trained_is_float32_whatever_computes(family):
     model = family.create(torch.device("meta"))
     add_adapters(model, LoraArgs(rank=2))
     trained = adapter_parameters(model)
-    set_param_dtypes(model, trained, torch.bfloat16)
+    set_param_dtypes(model, trained, family.exact_modules(model), torch.bfloat16)
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert sum(p.requires_grad for p in model.parameters()) == len(trained)
+
+
+def test_hybrid_groups_shard_inside_and_replicate_across():
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=5, world_size=8)
+    try:
+        mesh = build_mesh("hsdp", ParallelArgs(strategy="hsdp", shard_size=2), CPU)
+        assert mesh["shard"].mesh.tolist() == [4, 5]
+        assert mesh["replicate"].mesh.tolist() == [1, 3, 5, 7]
+        with pytest.raises(UserError, match=r"shard_size: 3 does not divide the 8 ranks"):
+            build_mesh("hsdp", ParallelArgs(strategy="hsdp", shard_size=3), CPU)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_cpu_computes_in_float32():

@@ -185,9 +185,25 @@ def test_two_ranks_evaluate_and_save_together(config, tmp_path):
     assert result.returncode == 0, result.stderr
     run_dir = Path(config["run_dir"])
     assert [record["step"] for record in read_lines(run_dir / "metrics.train.jsonl")] == [1, 2, 3, 4]
-    alone = config | {"run_dir": str(tmp_path / "alone"), "batch_size": 4, "parallel": {}}
-    losses = [record["loss"] for record in read_lines(run(alone, tmp_path) / "metrics.eval.jsonl")]
+    alone = run(config | {"run_dir": str(tmp_path / "alone"), "batch_size": 4, "parallel": {}}, tmp_path)
+    losses = [record["loss"] for record in read_lines(alone / "metrics.eval.jsonl")]
     assert [r["loss"] for r in read_lines(run_dir / "metrics.eval.jsonl")] == pytest.approx(losses, rel=1e-4)
+    counts, counts_alone = (
+        [r["useful_tokens_per_sec"] * r["step_sec"] for r in read_lines(folder / "metrics.train.jsonl")]
+        for folder in (run_dir, alone)
+    )
+    assert counts == pytest.approx(counts_alone)  # tokens of a step, over all ranks
+
+
+@pytest.mark.dist
+def test_adapters_saved_after_an_evaluation_are_the_masters(config, tmp_path):
+    """An evaluation leaves FSDP with rounded whole copies of the root's parameters; they must not be saved."""
+    changes = {"do_eval": True, "do_ckpt": True, "max_steps": 1, "param_dtype": "bfloat16", "batch_size": 1}
+    config |= changes | {"lora": {"rank": 2, "ft_embed": True}, "parallel": {"strategy": "fsdp"}}
+    result = run_module("train", write_config(tmp_path, config), ranks=2)
+    assert result.returncode == 0, result.stderr
+    (file,) = (Path(config["run_dir"]) / "checkpoints").glob("checkpoint_*/consolidated/lora.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
 
 
 @pytest.mark.slow

@@ -58,6 +58,7 @@ class Dataset:
         min_duration_sec: float,
         on_error: OnError,
         num_workers: int,
+        main_speaker_only: bool = False,
     ) -> "Dataset":
         """Read manifests and check every file's header and transcript. All ranks must call it together.
 
@@ -73,7 +74,8 @@ class Dataset:
         # One rank asks the file system, the others are told.
         problems = distributed.on_main_rank(check_recordings, recordings, min_channels, min_duration_sec, num_workers)
         _report(problems, key, on_error)
-        _warn_without_main_speaker(recordings, key)
+        if main_speaker_only:
+            _warn_without_main_speaker(recordings, key)
         bad = {id(recordings[index]) for index in problems}
         windows = [_cut(source, bad, duration_sec, min_duration_sec) for source in sources]
         for source, cut in zip(sources, windows, strict=True):

@@ -43,6 +43,8 @@ class Family(Protocol):
     """Samples per frame at 24 kHz."""
     min_channels: int
     """Channels that a recording must have."""
+    main_speaker_only: bool
+    """Whether the words of everyone but the main speaker are left out."""
 
     def __init__(self, args: Any, device: torch.device): ...
 
@@ -74,6 +76,10 @@ class Family(Protocol):
 
     def embeddings(self, model: nn.Module) -> list[nn.Module]:
         """The embedding tables, which LoRA may train in full."""
+        ...
+
+    def exact_modules(self, model: nn.Module) -> list[nn.Module]:
+        """What stays float32 whatever computes, and in checkpoints; under FSDP it computes like the rest."""
         ...
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ Shape legend: B batch, K streams (row 0 text, 1..dep_q the model's voice, then t
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -71,6 +72,8 @@ class MoshiArgs:
     """Text stream: mark turns with BOS and EOS; needs `keep_main_only: false`."""
     audio_delay: float = 0.0
     """Text stream: seconds by which text leads the audio; negative: frames at the start without text."""
+    in_word_padding: int | None = None
+    """Text stream: token that fills the frames up to a word's end; default: the padding."""
 
     def __post_init__(self) -> None:
         for name in ("first_codebook_weight_multiplier", "text_padding_weight"):
@@ -101,7 +104,12 @@ class MoshiFamily:
         self._delays: list[int] = self._lm_kwargs["delays"]
         self._codec = Codec(self._load_mimi(device))
         self._tokenizer = _load_tokenizer(self._info.tokenizer)
+        if self._tokenizer.vocab_size() > self._lm_kwargs["text_card"]:
+            has, fits = self._tokenizer.vocab_size(), self._lm_kwargs["text_card"]
+            raise UserError(f"model: the tokenizer has {has} pieces, the model {fits}; use the model's own tokenizer")
+        self._conditioners = _text_conditioners(self._lm_kwargs)
         self.frame_size = self._codec.frame_size
+        self.main_speaker_only = args.keep_main_only
         self.min_channels = 2 if 0 < self._dep_q < self._n_q else 1
         self.terms = [LossTerm("text", slice(0, 1))]
         if self._dep_q:
@@ -114,6 +122,7 @@ class MoshiFamily:
             keep_and_shift=args.keep_and_shift,
             use_bos_eos=args.use_bos_eos,
             audio_delay_sec=args.audio_delay,
+            in_word_padding_id=args.in_word_padding,
         )
 
     @classmethod
@@ -141,7 +150,7 @@ class MoshiFamily:
             kwargs["fuser"] = loaders.get_condition_fuser(kwargs)
         try:
             model = TrainingLM(device=device, dtype=torch.float32, **kwargs)
-        except (TypeError, AssertionError, ValueError) as error:
+        except (TypeError, AssertionError, KeyError, ValueError) as error:
             raise UserError(f"model: moshi refuses this architecture ({error}); mend config.json") from error
         allow_fully_shard(model)
         return model
@@ -191,6 +200,10 @@ class MoshiFamily:
         tables = [model.text_emb, *model.emb]
         return [*tables, model.depformer_text_emb, *model.depformer_emb] if self._dep_q else tables
 
+    def exact_modules(self, model: TrainingLM) -> list[nn.Module]:
+        """The conditioners, which moshi keeps in float32."""
+        return [] if model.condition_provider is None else [model.condition_provider]
+
     def param_groups(self, model: TrainingLM) -> list[dict[str, Any]]:
         """Everything, in one group, as in moshi-finetune."""
         return [{"params": list(model.parameters())}]
@@ -220,11 +233,14 @@ class MoshiFamily:
     def _voices(self, clip: Clip) -> list[np.ndarray]:
         """The channels that the model has codebooks for: its own voice (left), the user's (right)."""
         left, right = clip.wav_CS[0], clip.wav_CS[-1]
-        return ([left] if self._dep_q else []) + ([right] if self._n_q > self._dep_q else [])
+        if not self._dep_q:  # a listener: it writes down what the main speaker says
+            return [left]
+        return [left, right] if self._n_q > self._dep_q else [left]
 
     def _sample(self, clip: Clip, voice_codes: torch.Tensor, evaluation: bool) -> Sample:
         own = voice_codes[0, : self._dep_q]
         heard = voice_codes[-1, : self._n_q - self._dep_q]
+        self._check_conditions(clip)
         num_present = num_frames_of(clip.wav_CS.shape[-1], self.frame_size)
         text = torch.full((1, own.shape[1]), ABSENT)
         text[0, :num_present] = torch.tensor(
@@ -252,6 +268,18 @@ class MoshiFamily:
             weight_KT[row, max(0, num_frames - delay) :] = 0.0  # the delay moves them past the window's end
         return weight_KT
 
+    def _check_conditions(self, clip: Clip) -> None:
+        """Raise UserError for a text condition that the model does not know; models without any take none."""
+        for name, value in clip.conditions.items() if self._conditioners else ():
+            known = self._conditioners.get(name, {}).get("possible_values")
+            if name not in self._conditioners:
+                names = ", ".join(self._conditioners)
+                raise UserError(f"data: {clip.path}: text_conditions.{name}: the model knows {names}; rename it")
+            if known is not None and value not in known:
+                raise UserError(
+                    f"data: {clip.path}: text_conditions.{name}: {value!r} is not one of {', '.join(known)}"
+                )
+
     def _prepare_conditions(self, model: TrainingLM, batch: Batch) -> dict[str, Any] | None:
         if model.condition_provider is None:
             return None
@@ -268,6 +296,8 @@ def write_untrained(args: MoshiArgs, architecture: dict[str, Any], folder: Path,
     Raises:
         UserError: a file is missing or the architecture is none.
     """
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"model.path: {folder} holds other files; give a new folder for the new model")
     for key in ("mimi_path", "tokenizer_path"):
         path = getattr(args, key)
         if path is None or not Path(path).is_file():
@@ -281,7 +311,7 @@ def write_untrained(args: MoshiArgs, architecture: dict[str, Any], folder: Path,
     torch.manual_seed(seed)
     try:
         model = loaders.get_moshi_lm(None, copy.deepcopy(kwargs), dtype=torch.float32)
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+    except (TypeError, AssertionError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"model.architecture: moshi refuses it ({error}); see moshi's LMModel") from error
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -297,7 +327,7 @@ def write_untrained(args: MoshiArgs, architecture: dict[str, Any], folder: Path,
         temporary / loaders.MOSHI_NAME,
     )
     (temporary / "config.json").write_text(json.dumps(config, indent=2))
-    temporary.rename(folder)
+    os.replace(temporary, folder)  # an empty folder of that name may be there
     return folder
 
 
@@ -308,6 +338,16 @@ def _lm_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     if "demux_second_stream" in kwargs:
         kwargs["demux_second_text_stream"] = kwargs.pop("demux_second_stream")
     return kwargs
+
+
+def _text_conditioners(lm_kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings of the text conditioners by name; others have no place in the data and are refused."""
+    conditioners = lm_kwargs.get("conditioners") or {}
+    for name, settings in conditioners.items():
+        if settings["type"] != "lut":
+            said = f"conditioner {name} is of type {settings['type']}"
+            raise UserError(f"model: {said}; only text conditions (lut) can be trained")
+    return {name: settings["lut"] for name, settings in conditioners.items()}
 
 
 def _load_tokenizer(path: Path | str | None) -> sentencepiece.SentencePieceProcessor:
