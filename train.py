@@ -24,7 +24,7 @@ from finetune.checkpoint import Checkpointer
 from finetune.cli import launch
 from finetune.data.dataset import Dataset
 from finetune.data.loader import Loader
-from finetune.data.types import SAMPLE_RATE_HZ
+from finetune.data.types import SAMPLE_RATE_HZ, Batch, send
 from finetune.errors import UserError
 from finetune.evaluate import evaluate
 from finetune.families import args_class, family_class
@@ -99,14 +99,14 @@ def train(args: TrainArgs) -> None:
 
 
 def accumulate_gradients(
-    model: nn.Module, family: Family, microbatches: list[Any], scale: float, meter: Meter, device: torch.device
+    model: nn.Module, family: Family, microbatches: list[Batch], scale: float, meter: Meter, device: torch.device
 ) -> None:
     """Forward and backward of every microbatch; the gradients sum to those of the step's loss times `scale`."""
     term_denominators = denominators(microbatches, family.terms)
     # Ranks average their gradients, in FSDP as in reduce_gradients, and the loss is a sum over ranks.
     scale *= distributed.world_size()
     for batch in microbatches:
-        loss_weight_BKT = batch.loss_weight_BKT.to(device, non_blocking=True)
+        loss_weight_BKT = send(batch.loss_weight_BKT, device)
         nll_BKT = family.nll(model, batch)
         loss = local_loss(nll_BKT, loss_weight_BKT, family.terms, term_denominators)
         (loss * scale).backward()

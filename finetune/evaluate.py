@@ -9,6 +9,7 @@ from torch import nn
 
 from finetune import distributed
 from finetune.data.loader import Loader
+from finetune.data.types import send
 from finetune.families.base import Family
 from finetune.loss import stream_sums, summarize
 
@@ -26,7 +27,7 @@ def evaluate(
     total = None
     with closing(iter(loader)) as batches:
         for batch in islice(batches, max_batches):
-            sums = stream_sums(family.nll(model, batch), batch.loss_weight_BKT.to(device))
+            sums = stream_sums(family.nll(model, batch), send(batch.loss_weight_BKT, device))
             total = sums if total is None else total + sums
     model.train(was_training)
     assert total is not None  # a dataset has at least one window

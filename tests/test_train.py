@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from conftest import CPU, QUICKSTART, read_lines, run_module, write_config
+from conftest import CPU, QUICKSTART, make_moshi, read_lines, run_module, write_config
 from finetune import args as configuration
 from finetune.data.types import ABSENT
 from finetune.evaluate import evaluate
@@ -293,7 +293,6 @@ def test_the_metrics_file_of_a_resumed_run_holds_every_step_once(tmp_path):
 
 def test_text_conditions_reach_the_model(config, tmp_path):
     """Transcripts with `text_conditions` train a conditioned model."""
-    from conftest import make_moshi
     from test_moshi_parity import VARIANTS
 
     conditioned = make_moshi(tmp_path / "conditioned", **VARIANTS["conditioned"])
@@ -309,6 +308,43 @@ def test_text_conditions_reach_the_model(config, tmp_path):
     config["model"] |= {"path": str(conditioned)}
     losses = read_lines(run(config | {"finetuning": "full"}, tmp_path) / "metrics.train.jsonl")
     assert losses[-1]["loss"] < losses[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("conditions", "says"),
+    [({"tempo": "calm"}, "the model knows mood"), ({"mood": "odd"}, "'odd' is not one of calm, wild")],
+)
+def test_a_condition_that_the_model_does_not_know_is_one_line(conditions, says, config, tmp_path):
+    lut = {"n_bins": 2, "dim": 6, "tokenizer": "noop", "possible_values": ["calm", "wild"]}
+    conditioners = {"conditioners": {"mood": {"type": "lut", "lut": lut}}, "fuser": {"sum": ["mood"]}}
+    config["model"]["path"] = str(make_moshi(tmp_path / "conditioned", **conditioners))
+    audio = QUICKSTART / "dialogues" / "audio" / "dialogue_011.flac"
+    (tmp_path / "talk.flac").write_bytes(audio.read_bytes())
+    words = json.loads(audio.with_suffix(".json").read_text())
+    (tmp_path / "talk.json").write_text(json.dumps(words | {"text_conditions": conditions}))
+    (tmp_path / "data.jsonl").write_text('{"path": "talk.flac", "duration": 35.705}\n')
+    config["data"]["train_data"] = str(tmp_path / "data.jsonl")
+    with pytest.raises(train.UserError, match=f"talk.flac: text_conditions.*{says}"):
+        run(config, tmp_path)
+
+
+def test_a_folder_that_is_no_run_is_never_emptied(config, tmp_path):
+    precious = Path(config["run_dir"]) / "thesis.tex"
+    precious.parent.mkdir()
+    precious.write_text("years of work")
+    with pytest.raises(train.UserError, match="holds files that are not a run's"):
+        run(config | {"overwrite_run_dir": True}, tmp_path)
+    assert precious.exists()
+
+
+def test_a_mistake_leaves_the_old_run_alone(config, tmp_path):
+    run_dir = run(config, tmp_path)
+    wrong = config | {"overwrite_run_dir": True, "data": config["data"] | {"train_data": "gone.jsonl"}}
+    with pytest.raises(train.UserError, match=r"gone\.jsonl: no such file"):
+        run(wrong, tmp_path)
+    assert len(read_lines(run_dir / "metrics.train.jsonl")) == 3
+    run(config | {"overwrite_run_dir": True, "max_steps": 1}, tmp_path)
+    assert len(read_lines(run_dir / "metrics.train.jsonl")) == 1
 
 
 @pytest.fixture(autouse=True)

@@ -73,6 +73,11 @@ class Batch:
     paths: tuple[str, ...] = ()
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on a device. Pinned first, since only then does the copy not wait for the GPU."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples, padding the shorter ones with ABSENT."""
     num_frames = max(sample.codes_KT.shape[1] for sample in samples)

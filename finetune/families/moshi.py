@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from finetune.codec import Codec
-from finetune.data.types import ABSENT, SAMPLE_RATE_HZ, Batch, Clip, Sample
+from finetune.data.types import ABSENT, SAMPLE_RATE_HZ, Batch, Clip, Sample, send
 from finetune.errors import UserError
 from finetune.families.base import LossTerm, Weights
 from finetune.families.moshi_files import find_files, open_weights, read_json
@@ -186,12 +186,12 @@ class MoshiFamily:
         text_rows = _some_rows(has_target_BKT[:, 0])
         audio_rows = _some_rows(has_target_BKT[:, 1 : 1 + self._dep_q].any(1))
         nll_BKT = model(
-            batch.codes_BKT.to(device, non_blocking=True),
-            text_rows.to(device, non_blocking=True),
-            audio_rows.to(device, non_blocking=True),
+            send(batch.codes_BKT, device),
+            send(text_rows, device),
+            send(audio_rows, device),
             self._prepare_conditions(model, batch),
         )
-        predicted_BKT = weight_BKT[:, : nll_BKT.shape[1]].to(device, non_blocking=True) > 0
+        predicted_BKT = send(weight_BKT, device)[:, : nll_BKT.shape[1]] > 0
         nll_BKT = torch.where(predicted_BKT, nll_BKT, 0.0)
         return F.pad(nll_BKT, (0, 0, 0, weight_BKT.shape[1] - nll_BKT.shape[1]))
 
