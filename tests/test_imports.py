@@ -15,6 +15,7 @@ from finetune.families import FAMILIES
 # What the patches of upstream models may stand on, besides Python itself.
 UPSTREAM = {"moshi", "torch", "transformers"}
 HEADING = "## Who may import whom"
+FAMILY_NAMES = {*FAMILIES, *(path.parent.name for path in ROOT.glob("finetune/families/*/__init__.py"))}
 
 
 def module_name(path: Path) -> str:
@@ -57,8 +58,8 @@ RULES = read_rules()
 
 
 def family_of(module: str) -> str | None:
-    """The registered family that a module below `families` belongs to: `families.moshi_files` to `moshi`."""
-    names = [name for name in FAMILIES if module.startswith(f"families.{name}")]
+    """The family that a module below `families` belongs to: `families.moshi_files` to `moshi`."""
+    names = [name for name in FAMILY_NAMES if module.startswith(f"families.{name}")]
     return max(names, key=len) if names else None
 
 
