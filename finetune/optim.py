@@ -48,8 +48,8 @@ def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float, scale: f
 
     Every rank must call it: with sharded gradients the norm is a collective. 0 turns clipping off.
     """
-    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
+    pairs = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    with_gradient, gradients = [parameter for parameter, _ in pairs], [gradient for _, gradient in pairs]
     if scale != 1.0:
         torch._foreach_div_(gradients, scale)
     norm = torch.nn.utils.get_total_norm(gradients)

@@ -43,9 +43,7 @@ from finetune.parallel import prepare_blocks, set_param_dtypes
 from moshi_overrides.training_lm import TrainingLM
 
 QUICKSTART = Path(__file__).parent.parent / "example" / "quickstart"
-MAX_NORM = 1.0
 OPTIM = OptimArgs()
-# As in example/moshi_7B.yaml.
 FIRST_CODEBOOK_WEIGHT, TEXT_PADDING_WEIGHT = 100.0, 0.5
 # About what https://arxiv.org/abs/2410.00037 (section 3.4.4) gives for English conversations.
 PADDING_SHARE = 0.65
@@ -199,7 +197,7 @@ def build_ours(model: TrainingLM, family: MoshiFamily, batch: Batch, device: tor
         name="ours",
         adapters={name: p for name, p in model.named_parameters() if p.requires_grad},
         loss=loss,
-        clip=lambda: clip_gradients(parameters, MAX_NORM),
+        clip=lambda: clip_gradients(parameters, max_norm=1.0),
         optimizer=build_optimizer([{"params": parameters}], OPTIM),
     )
 
@@ -211,7 +209,7 @@ def build_plain(model: LMModel, batch: Batch, device: torch.device) -> Contender
         name="plain",
         adapters=adapters,
         loss=lambda: plain_recipe.loss(model, batch.codes_BKT.to(device), FIRST_CODEBOOK_WEIGHT, TEXT_PADDING_WEIGHT),
-        clip=lambda: nn.utils.clip_grad_norm_(adapters.values(), MAX_NORM),
+        clip=lambda: nn.utils.clip_grad_norm_(adapters.values(), 1.0),
         optimizer=torch.optim.AdamW(
             adapters.values(), lr=OPTIM.lr, betas=BETAS, eps=EPS, weight_decay=OPTIM.weight_decay
         ),

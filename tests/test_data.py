@@ -78,8 +78,7 @@ def test_a_folder_gives_all_its_manifests_and_blank_lines_count_as_lines(tmp_pat
     (tmp_path / "x" / "a.jsonl").write_text('\n  \n{"path": "a.wav", "duration": 1.0}\n\n')
     (source,) = read_sources(str(tmp_path), KEY)
     places = {recording.path.relative_to(tmp_path): recording.place for recording in source.recordings}
-    lines = [f"{tmp_path}/x/a.jsonl line 3", f"{tmp_path}/b.jsonl.gz line 1"]
-    assert [places[Path("x/a.wav")], places[Path("b.wav")]] == lines
+    assert set(places.values()) == {f"{tmp_path}/x/a.jsonl line 3", f"{tmp_path}/b.jsonl.gz line 1"}
 
 
 def test_sources_have_normalised_weights_and_may_hold_colons(tmp_path):
