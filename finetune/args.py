@@ -204,9 +204,7 @@ def _read(path: str | Path, overrides: dict[str, str]) -> dict[str, Any]:
     return from_moshi_finetune(apply_overrides(read_yaml(path), overrides))
 
 
-def _decode_model(section: Any, model_args: Any) -> Any:
-    if not isinstance(section, dict):
-        raise UserError(f"model: {section!r} is not a section; write `model: {{family: moshi}}`")
+def _decode_model(section: dict[str, Any], model_args: Any) -> Any:
     return decode(model_args(section.get("family", "moshi")), section, "model")
 
 

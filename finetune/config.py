@@ -90,8 +90,8 @@ def _closest(key: str, cls: type) -> str | None:
     """The key that was probably meant, here or in a section below: `lr` gives `optim.lr`."""
     dotted = {name.rpartition(".")[2]: name for name in reversed(list(_dotted_keys(cls)))}
     close = difflib.get_close_matches(key, dotted, n=1)
-    inside = [name for leaf, name in dotted.items() if key.endswith(f"_{leaf}")]
-    return dotted[key] if key in dotted else dotted[close[0]] if close else inside[0] if inside else None
+    inside = [leaf for leaf in dotted if key.endswith(f"_{leaf}")]
+    return next((dotted[leaf] for leaf in [key, *close, *inside] if leaf in dotted), None)
 
 
 def _dotted_keys(cls: type) -> Iterator[str]:

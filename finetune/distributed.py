@@ -48,12 +48,9 @@ def device() -> torch.device:
 @contextmanager
 def process_group() -> Iterator[None]:
     """NCCL on GPUs, gloo on CPUs. Without torchrun's variables the run is a world of one."""
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    if "RANK" not in os.environ:
-        os.environ.update(defaults)
-        store = dist.HashStore()
-    else:
-        store = None  # the environment names a rendezvous
+    is_alone = "RANK" not in os.environ  # otherwise the environment names a rendezvous
+    if is_alone:
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
     if device().type == "cuda":
         if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
             raise UserError(
@@ -66,10 +63,10 @@ def process_group() -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
     else:
         backend = "gloo"
-    if store is None:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+    if is_alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     yield
     # Not after an exception: with the other ranks inside a collective it would wait for them.
     dist.destroy_process_group()
