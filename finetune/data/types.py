@@ -48,8 +48,31 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What one speaker says in one go."""
+
+    text: str
+    speaker: str
+    wav_S: np.ndarray
+    """Mono float32 at 24 kHz; empty where there is text alone, which is context."""
+    is_trained: bool
+    """Whether the model learns to say it; otherwise it is context."""
+    is_cut: bool = False
+    """Whether the audio was cut off, so that it does not end where the speaker did."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Some turns in their order, those before a turn being its context. No tokens, no model."""
+
+    turns: Sequence[Turn]
+    path: str
+    """The file or the manifest line that it comes from, for messages."""
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One clip as a model sees it."""
+    """One clip or conversation as a model sees it."""
 
     codes_KT: torch.Tensor
     """int64; ABSENT where nothing is fed."""

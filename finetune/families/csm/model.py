@@ -8,6 +8,7 @@ V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -21,6 +22,19 @@ from finetune.families.csm.config import CsmConfig, RopeScaling, TransformerConf
 MAX_LOGITS = 1 << 26
 # Attention kernels put the batch into a grid dimension that ends at 65,535.
 MAX_ATTENTION_BATCH = 32768
+
+# Attention over queries, keys and values [B, H, T, D/H], with fewer heads of keys and values.
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def attend_causally(q_BHTD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor) -> torch.Tensor:
+    """Plain causal attention over whole sequences."""
+    grouped = q_BHTD.shape[1] != k_BHTD.shape[1]
+    parts = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        for q, k, v in zip(*(x.split(MAX_ATTENTION_BATCH) for x in (q_BHTD, k_BHTD, v_BHTD)), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def rotary_rates(config: TransformerConfig, device: torch.device) -> torch.Tensor:
@@ -67,34 +81,25 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped keys and values."""
+    """Attention with grouped keys and values."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.num_heads != config.num_kv_heads
         width, kv_width = config.hidden_size, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(
-        self, x_BTD: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """[B, T, D]; without a mask plainly causal."""
+    def forward(self, x_BTD: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
+        """[B, T, D]."""
         q, k, v = (
             project(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, tables), rotate(k, tables)
-        parts = [
-            F.scaled_dot_product_attention(
-                q_part, k_part, v_part, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
-            )
-            for q_part, k_part, v_part in zip(*(x.split(MAX_ATTENTION_BATCH) for x in (q, k, v)), strict=True)
-        ]
-        return self.o_proj(torch.cat(parts).transpose(1, 2).flatten(-2))
+        out_BHTD = attend(rotate(q, tables), rotate(k, tables), v)
+        return self.o_proj(out_BHTD.transpose(1, 2).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -121,11 +126,9 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(
-        self, x_BTD: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
         """One layer over whole sequences."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), tables, mask)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), tables, attend)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -138,11 +141,11 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def run(self, x_BTD: torch.Tensor, position_BT: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def run(self, x_BTD: torch.Tensor, position_BT: torch.Tensor, attend: Attend = attend_causally) -> torch.Tensor:
         """Normalised output [B, T, D]."""
         tables = rotary_tables(self.config, position_BT)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, tables, mask)
+            x_BTD = layer(x_BTD, tables, attend)
         return self.norm(x_BTD)
 
 
@@ -225,7 +228,7 @@ class CsmModel(nn.Module):
         semantic_rows: torch.Tensor,
         acoustic_rows: torch.Tensor,
         position_BT: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        attend: Attend = attend_causally,
     ) -> torch.Tensor:
         """Negative log-likelihoods [B, 1 + K, T] in nats, float32, zero outside the rows asked for.
 
@@ -234,9 +237,9 @@ class CsmModel(nn.Module):
                 from the position before it.
             acoustic_rows: the same for the other codebooks, which the decoder predicts.
             position_BT: positions inside each segment, for the rotary embedding.
-            mask: boolean [B, 1, T, T] of what may be attended to; None is plainly causal.
+            attend: attention of the backbone; packed rows keep it inside their segments.
         """
-        hidden_ND = self.hidden_states(codes_BKT, position_BT, mask).flatten(0, 1)
+        hidden_ND = self.hidden_states(codes_BKT, position_BT, attend).flatten(0, 1)
         codes_KN = codes_BKT.transpose(0, 1).flatten(1)
         semantic_nll = self._semantic_nll(hidden_ND[semantic_rows - 1], codes_KN[1, semantic_rows])
         acoustic_nll_KN = self._acoustic_nll(hidden_ND[acoustic_rows - 1], codes_KN[1:, acoustic_rows])
@@ -251,10 +254,10 @@ class CsmModel(nn.Module):
         return nll_KN.unflatten(1, (codes_BKT.shape[0], -1)).transpose(0, 1)
 
     def hidden_states(
-        self, codes_BKT: torch.Tensor, position_BT: torch.Tensor, mask: torch.Tensor | None = None
+        self, codes_BKT: torch.Tensor, position_BT: torch.Tensor, attend: Attend = attend_causally
     ) -> torch.Tensor:
         """The backbone's normalised output [B, T, D]."""
-        return self.backbone_model.run(self._embed(codes_BKT), position_BT, mask)
+        return self.backbone_model.run(self._embed(codes_BKT), position_BT, attend)
 
     def depth_logits(self, hidden_ND: torch.Tensor, codes_KN: torch.Tensor) -> torch.Tensor:
         """Logits [K - 1, N, V] of codebooks 1.. given the backbone's output and codebooks 0..K-2 of each frame."""
