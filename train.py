@@ -10,9 +10,7 @@ import logging
 import os
 import shutil
 from contextlib import closing
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,29 +18,17 @@ from torch import nn
 from finetune import args as configuration
 from finetune import distributed
 from finetune.args import TrainArgs
-from finetune.checkpoint import Checkpointer
+from finetune.build import build_checkpointer, build_family, build_loader, build_model, build_samples
 from finetune.cli import launch
-from finetune.data.dataset import Dataset
-from finetune.data.loader import Loader
-from finetune.data.types import SAMPLE_RATE_HZ, Batch, send
+from finetune.data.types import Batch, send
 from finetune.errors import UserError
 from finetune.evaluate import evaluate
-from finetune.families import args_class, family_class
+from finetune.families import args_class
 from finetune.families.base import Family
-from finetune.lora import adapter_parameters, add_adapters
 from finetune.loss import denominators, local_loss, stream_sums
 from finetune.metrics import Meter, Report
 from finetune.optim import LossScale, build_optimizer, build_schedule, clip_gradients
-from finetune.parallel import (
-    build_mesh,
-    choose_strategy,
-    compute_dtype,
-    materialize,
-    prepare_blocks,
-    reduce_gradients,
-    set_param_dtypes,
-    shard,
-)
+from finetune.parallel import compute_dtype, reduce_gradients
 
 logger = logging.getLogger("parley")
 
@@ -62,6 +48,7 @@ def train(args: TrainArgs) -> None:
     schedule = build_schedule(optimizer, args.optim, args.max_steps)
     loss_scale = LossScale(dtype)
     checkpointer = build_checkpointer(args, family, dtype)
+    samples = build_samples(args, family, dtype, device)
     meter = Meter(family.terms, device)
     best_eval_loss = float("inf")
 
@@ -79,21 +66,22 @@ def train(args: TrainArgs) -> None:
             meter.end_step()
 
             if is_last or every(step, args.log_freq):
-                record = meter.read()
-                extra = {"lr": lr, "grad_norm": norm.item(), "eta_sec": meter.sec_of(args.max_steps - step)}
-                report.log("train", step, record | extra)
+                record = meter.read() | {"lr": lr, "grad_norm": norm.item()}
+                report.log("train", step, record | {"eta_sec": meter.sec_of(args.max_steps - step)})
 
-            is_best = False
-            if eval_loader is not None and (is_last or every(step, args.eval_freq)):
-                with meter.paused():
+            with meter.paused():
+                is_best = False
+                if eval_loader is not None and (is_last or every(step, args.eval_freq)):
                     losses = evaluate(model, family, eval_loader, args.eval_batches, device)
-                report.log("eval", step, losses)
-                is_best = losses["loss"] < best_eval_loss
-                best_eval_loss = min(best_eval_loss, losses["loss"])
+                    report.log("eval", step, losses)
+                    is_best = losses["loss"] < best_eval_loss
+                    best_eval_loss = min(best_eval_loss, losses["loss"])
 
-            due = is_last or every(step, args.ckpt_freq) or (is_best and args.save_best)
-            if checkpointer is not None and due:
-                with meter.paused():
+                if samples is not None and (is_last or every(step, args.generate.freq)):
+                    report.log_samples(step, samples.make(model, step))
+
+                due = is_last or every(step, args.ckpt_freq) or (is_best and args.save_best)
+                if checkpointer is not None and due:
                     checkpointer.save(model, step, is_best)
     logger.info("done: the losses are drawn in %s", Path(args.run_dir) / "loss.png")
 
@@ -155,91 +143,6 @@ def open_run_dir(args: TrainArgs) -> None:
         shutil.rmtree(run_dir)
         run_dir.mkdir()
     configuration.save(args, run_dir / "args.yaml")
-
-
-def build_family(args: TrainArgs, device: torch.device) -> Family:
-    """The family, whose untrained model is made first if the configuration describes one."""
-    cls = family_class(args.model.family)
-    made = distributed.on_main_rank(cls.prepare, args.model, args.seed)
-    if made is not None:
-        logger.info("made an untrained model in %s", made)
-    return cls(args.model, device)
-
-
-def build_loader(args: TrainArgs, family: Family, *, evaluation: bool) -> Loader:
-    """Batches for training, without end, or one pass over the evaluation data."""
-    spec = args.data.eval_data if evaluation else args.data.train_data
-    assert spec is not None
-    key = "data.eval_data" if evaluation else "data.train_data"
-    dataset = Dataset.open(
-        spec,
-        key,
-        duration_sec=args.duration_sec,
-        min_channels=family.min_channels,
-        min_duration_sec=family.frame_size / SAMPLE_RATE_HZ,
-        on_error=args.data.on_error,
-        main_speaker_only=family.main_speaker_only,
-        num_workers=args.data.num_workers,
-    )
-    logger.info("%s: %d windows of %g s", key, dataset.num_windows, args.duration_sec)
-    return Loader(
-        dataset,
-        partial(family.tokenize, evaluation=evaluation),
-        batch_size=args.batch_size,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        seed=args.seed,
-        shuffle=args.data.shuffle,
-        once=evaluation,
-        num_workers=args.data.num_workers,
-        prefetch_batches=args.data.prefetch_batches,
-    )
-
-
-def build_model(
-    args: TrainArgs, family: Family, dtype: torch.dtype, device: torch.device
-) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """The model, spread over the ranks and loaded, and AdamW's parameter groups."""
-    model = family.create(torch.device("meta"))
-    if args.finetuning == "lora":
-        add_adapters(model, args.lora)
-
-    def groups() -> list[dict[str, Any]]:
-        if args.finetuning == "full":
-            return family.param_groups(model)
-        tables = family.embeddings(model) if args.lora.ft_embed else []
-        embeddings = [table.weight for table in tables]
-        return [{"params": adapter_parameters(model) + embeddings}]
-
-    trained = [parameter for group in groups() for parameter in group["params"]]
-    set_param_dtypes(model, trained, family.exact_modules(model), dtype)
-    blocks = family.blocks(model)
-    prepare_blocks(blocks, compile=args.compile, recompute=args.gradient_checkpointing)
-    strategy = choose_strategy(args.parallel, model, dtype, device)
-    if strategy != "ddp":
-        shard(model, blocks, build_mesh(strategy, args.parallel, device), dtype)
-    materialize(model, family.weights(), device, args.seed)
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    num_total = sum(p.numel() for p in model.parameters())
-    logger.info(
-        "training %.2f of %.2f million parameters, computing in %s, spread by %s",
-        num_trained / 1e6, num_total / 1e6, str(dtype).removeprefix("torch."), strategy,
-    )  # fmt: skip
-    return model, groups()
-
-
-def build_checkpointer(args: TrainArgs, family: Family, dtype: torch.dtype) -> Checkpointer | None:
-    """The writer of checkpoints, unless the run saves none."""
-    if not args.do_ckpt:
-        return None
-    return Checkpointer(
-        Path(args.run_dir),
-        family,
-        lora=args.lora if args.finetuning == "lora" else None,
-        adapters_only=args.save_adapters,
-        dtype=dtype,
-        num_keep=args.num_ckpt_keep,
-    )
 
 
 def main(config: str, overrides: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """The configuration every family shares. One YAML key is one field; its docstring says meaning and unit."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +9,14 @@ import yaml
 
 from finetune.config import CommandLineText, apply_overrides, decode, encode, read_yaml
 from finetune.errors import UserError
+from finetune.sampling import Sampling
+
+# A question, a statement, and one with numbers and a name.
+SENTENCES = (
+    "Have you been waiting long?",
+    "The weather turned, and we walked home along the river.",
+    "Doctor Reyes has twenty-three letters to answer before noon.",
+)
 
 
 def require(condition: bool, message: str) -> None:
@@ -30,11 +39,27 @@ class DataArgs:
     """Threads that read, resample and tokenise ahead of training, per rank."""
     prefetch_batches: int = 4
     """Batches kept ready ahead of the training step, per rank."""
+    packing: Literal["pack", "bucket", "none"] | None = None
+    """How samples share the rows of a batch. `pack`: several behind each other in one row, each attending to itself
+    alone; `bucket`: one a row, those of like length together; `none`: one a row, as they come. Default: `pack` for
+    conversations, `none` for windows."""
+    max_frames: int = 2048
+    """Conversations: positions in a row, and the longest window cut from a conversation. CSM's limit is 2,048."""
+    context_turns: int = 4
+    """Conversations: earlier turns that a later window of a long conversation keeps as context."""
+    mask_speaker_ids: list[str] = field(default_factory=list)
+    """Conversations: speakers whose turns are context, never trained."""
+    max_audio_length_ms: float | None = None
+    """Conversations: longer audio of a turn is cut off here, in milliseconds."""
 
     def __post_init__(self) -> None:
         require(bool(self.train_data), "train_data: empty; set it to a manifest (.jsonl) or a folder of them")
         require(self.num_workers >= 1, f"num_workers: {self.num_workers} is below 1")
         require(self.prefetch_batches >= 1, f"prefetch_batches: {self.prefetch_batches} is below 1")
+        require(self.max_frames >= 2, f"max_frames: {self.max_frames} is below 2")
+        require(self.context_turns >= 0, f"context_turns: {self.context_turns} is negative")
+        limit = self.max_audio_length_ms
+        require(limit is None or limit >= 80, f"max_audio_length_ms: {limit} is shorter than one frame (80 ms)")
 
 
 @dataclass
@@ -43,6 +68,10 @@ class LoraArgs:
     """Rank of the adapters."""
     scaling: float = 2.0
     """Factor on the adapters' output."""
+    alpha: float | None = None
+    """The factor in PEFT's spelling, which wins over `scaling`: alpha/rank."""
+    rslora: bool = False
+    """Rank-stabilised LoRA: the factor is alpha/√rank (https://arxiv.org/abs/2312.03732)."""
     dropout: float = 0.0
     """Dropout probability on the adapters' input."""
     ft_embed: bool = False
@@ -50,12 +79,18 @@ class LoraArgs:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"rank: {self.rank} is below 1")
+        require(self.alpha is not None or not self.rslora, "rslora: true needs alpha; set it")
+        require(self.alpha is None or self.alpha > 0, f"alpha: {self.alpha} is not positive")
+        if self.alpha is not None:
+            self.scaling = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
         require(self.scaling > 0, f"scaling: {self.scaling} is not positive")
         require(0 <= self.dropout < 1, f"dropout: {self.dropout} is not in [0, 1)")
 
 
 @dataclass
 class OptimArgs:
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` keeps AdamW's state in 8 bits, a quarter of the memory (torchao, extra `lowbit`)."""
     lr: float = 1e-4
     """Highest learning rate."""
     weight_decay: float = 0.1
@@ -86,6 +121,35 @@ class ParallelArgs:
 
 
 @dataclass
+class GenerateArgs:
+    freq: int = 0
+    """Steps between spoken samples; below 1: none. For families that speak texts (CSM)."""
+    sentences: list[str] = field(default_factory=lambda: list(SENTENCES))
+    """What is said."""
+    speaker: str = "0"
+    """Who says it."""
+    context_audio: str | None = None
+    """A clip of a voice; each sentence is then also spoken after it."""
+    context_text: str = ""
+    """What is said in that clip."""
+    max_sec: float = 10.0
+    """Longest sample in seconds."""
+    temperature: float = 0.9
+    """Divides the logits; 0 takes the most probable code always."""
+    top_k: int = 50
+    """Codes to draw from, the most probable ones; 0 for all."""
+    top_p: float = 1.0
+    """Share of the probability to draw from, the most probable codes."""
+    seed: int = 0
+    """Seed of the drawing, the same at every check."""
+
+    def __post_init__(self) -> None:
+        require(self.freq < 1 or bool(self.sentences), "sentences: empty; give some or set freq: 0")
+        require(self.max_sec >= 0.08, f"max_sec: {self.max_sec} is shorter than one frame (0.08 s)")
+        Sampling(self.temperature, self.top_k, self.top_p, self.seed)  # checks them
+
+
+@dataclass
 class WandbArgs:
     project: str | None = None
     """Project on Weights & Biases; unset turns it off."""
@@ -108,7 +172,7 @@ class TrainArgs:
     duration_sec: float = 10.0
     """Length of a training window in seconds."""
     batch_size: int = 1
-    """Windows per rank and microbatch."""
+    """Rows per rank and microbatch: windows, conversations, or packs of them."""
     num_microbatches: int = 1
     """Microbatches whose gradients one step sums."""
     max_steps: int = 100
@@ -117,6 +181,9 @@ class TrainArgs:
     """Train adapters on every linear layer, or all weights."""
     lora: LoraArgs = field(default_factory=LoraArgs)
     """The adapters."""
+    train_only: list[str] | None = None
+    """Parts of the model to train, with adapters or in full; default: all. Moshi has `temporal`, `depformer` and
+    `embeddings`; CSM has `backbone`, `decoder` and `embeddings`."""
     optim: OptimArgs = field(default_factory=OptimArgs)
     """The optimiser and its schedule."""
     max_norm: float = 1.0
@@ -150,6 +217,8 @@ class TrainArgs:
     """Save a checkpoint, and keep it, when an evaluation finds the lowest loss so far."""
     save_adapters: bool = True
     """Under LoRA, save the adapters alone; false merges them into the base weights."""
+    generate: GenerateArgs = field(default_factory=GenerateArgs)
+    """Spoken samples while training, in `run_dir/samples`."""
     overwrite_run_dir: bool = False
     """Empty a used `run_dir` first; otherwise a used folder is refused."""
     tensorboard: bool = True

@@ -1,25 +1,21 @@
 """Exports that inference programs load: `run_dir/checkpoints/checkpoint_000100/consolidated/`."""
 
-import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from finetune import distributed
 from finetune.args import LoraArgs
-from finetune.families.base import Family
+from finetune.families.base import Adapter, Family
 from finetune.lora import adapted_layers, merged_weight
 from finetune.parallel import gather, reshard
 
 logger = logging.getLogger("parley")
-ADAPTER_FILE = "lora.safetensors"
-MERGED_FILE = "consolidated.safetensors"
 
 
 class Checkpointer:
@@ -69,32 +65,18 @@ class Checkpointer:
                 if parameter.requires_grad:
                     yield name, gather(parameter)
             return
-        layers = {f"{name}.weight": layer for name, layer in adapted_layers(model).items()}
-        exact = {id(p) for module in self._family.exact_modules(model) for p in module.parameters()}
-        halves = {id(half.weight) for layer in layers.values() for half in (layer.lora_A, layer.lora_B)}
-        for name, parameter in model.named_parameters():
-            if id(parameter) in halves:
-                continue
-            weight = gather(parameter)
-            if name in layers:
-                layer = layers[name]
-                lora_a, lora_b = gather(layer.lora_A.weight), gather(layer.lora_B.weight)
-                if distributed.is_main():
-                    weight = merged_weight(weight, lora_a, lora_b, layer.scaling)
-            yield name, weight.to(torch.float32 if id(parameter) in exact else self._dtype)
+        yield from merged_tensors(model, self._family.exact_modules(model), self._dtype)
 
     def _write(self, tensors: dict[str, torch.Tensor], name: str) -> None:
         final, temporary = self._folder / name, self._folder / f".{name}.part"
         shutil.rmtree(temporary, ignore_errors=True)
         consolidated = temporary / "consolidated"
         consolidated.mkdir(parents=True)
-        file = ADAPTER_FILE if self._adapters_only else MERGED_FILE
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, consolidated / file)
         adapter = None
         if self._adapters_only and self._lora is not None:
-            adapter = {"lora_rank": self._lora.rank, "lora_scaling": self._lora.scaling}
-        config = self._family.export_config(file, adapter)
-        (consolidated / "config.json").write_text(json.dumps(config, indent=2))
+            lora = self._lora
+            adapter = Adapter(lora.rank, lora.scaling, lora.dropout, lora.rslora)
+        self._family.export(consolidated, tensors, adapter)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
 
@@ -112,3 +94,26 @@ class Checkpointer:
         for old in by_step[: -self._num_keep]:
             if old.name != best:
                 shutil.rmtree(old)
+
+
+def merged_tensors(
+    model: nn.Module, exact: Sequence[nn.Module], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The whole model with its adapters merged, on the main rank's CPU; all ranks must go through all of it.
+
+    Args:
+        exact: what stays float32; the rest is rounded to `dtype`.
+    """
+    layers = {f"{name}.weight": layer for name, layer in adapted_layers(model).items()}
+    exact_ids = {id(p) for module in exact for p in module.parameters()}
+    halves = {id(half.weight) for layer in layers.values() for half in (layer.lora_A, layer.lora_B)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in halves:
+            continue
+        weight = gather(parameter)
+        if name in layers:
+            layer = layers[name]
+            lora_a, lora_b = gather(layer.lora_A.weight), gather(layer.lora_B.weight)
+            if distributed.is_main():
+                weight = merged_weight(weight, lora_a, lora_b, layer.scaling)
+        yield name, weight.to(torch.float32 if id(parameter) in exact_ids else dtype)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from moshi.models import MimiModel
 
-from finetune.data.types import ABSENT, SAMPLE_RATE_HZ
+from finetune.data.types import SAMPLE_RATE_HZ
 
 # Seconds of audio in one call. On GPUs it bounds the activations of Mimi's first layers (64 channels at 24 kHz:
 # 6 MB a second); on CPUs a batch gains nothing, and large buffers are mapped anew for every layer, which doubled the
@@ -36,21 +36,26 @@ class Codec:
         self.num_entries: int = mimi.cardinality
 
     @torch.no_grad()
-    def encode(self, wavs: Sequence[np.ndarray], num_samples: int) -> torch.Tensor:
-        """Codes [N, K, T] on the CPU, ABSENT past the end of each waveform.
+    def encode(self, wavs: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Codes [K, T] of each waveform, on the CPU; a frame that is begun counts.
 
         Args:
-            wavs: mono float32 at 24 kHz, each at most `num_samples` long; shorter ones are padded for the
-                codec, which is causal, so that their own codes do not change.
+            wavs: mono float32 at 24 kHz. Those of like length share a call, the shorter padded for it: the codec is
+                causal, so that their own codes do not change.
         """
-        padded_NS = torch.zeros(len(wavs), num_samples)
-        for row, wav_S in enumerate(wavs):
-            padded_NS[row, : len(wav_S)] = torch.from_numpy(wav_S)
-        per_call = max(1, int(MAX_SEC_PER_CALL[self._device.type] * SAMPLE_RATE_HZ / num_samples))
-        codes_NKT = torch.cat([self._encode_some(part) for part in padded_NS.split(per_call)])
-        num_frames_N = torch.tensor([-(-len(wav_S) // self.frame_size) for wav_S in wavs])
-        past_end_NT = torch.arange(codes_NKT.shape[-1]) >= num_frames_N[:, None]
-        return codes_NKT.masked_fill(past_end_NT[:, None], ABSENT)
+        codes: list[torch.Tensor] = [torch.empty(self.num_codebooks, 0, dtype=torch.int64)] * len(wavs)
+        by_length = sorted((index for index, wav_S in enumerate(wavs) if len(wav_S)), key=lambda i: -len(wavs[i]))
+        max_samples = MAX_SEC_PER_CALL[self._device.type] * SAMPLE_RATE_HZ
+        while by_length:
+            longest = len(wavs[by_length[0]])
+            together = by_length[: max(1, int(max_samples / longest))]
+            by_length = by_length[len(together) :]
+            padded_NS = torch.zeros(len(together), longest)
+            for row, index in enumerate(together):
+                padded_NS[row, : len(wavs[index])] = torch.from_numpy(wavs[index])
+            for index, codes_KT in zip(together, self._encode_some(padded_NS), strict=True):
+                codes[index] = codes_KT[:, : -(-len(wavs[index]) // self.frame_size)]
+        return codes
 
     def _encode_some(self, wavs_NS: torch.Tensor) -> torch.Tensor:
         on_device = torch.cuda.device(self._device) if self._stream else nullcontext()

@@ -5,6 +5,7 @@ Parameter names are those that moshi's loader reads: `<layer>.lora_A.weight`, `<
 
 import hashlib
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -36,13 +37,14 @@ class LoRALinear(nn.Linear):
         return F.linear(input, self.weight, self.bias) + up
 
 
-def add_adapters(model: nn.Module, args: LoraArgs) -> None:
-    """Replace every linear layer by a LoRALinear, in place."""
+def add_adapters(model: nn.Module, args: LoraArgs, inside: Sequence[nn.Module] | None = None) -> None:
+    """Replace every linear layer by a LoRALinear, in place; only those `inside` some modules, if given."""
+    chosen = {id(module) for root in inside or [model] for module in root.modules()}
     linears = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, nn.Linear)
+        if isinstance(child, nn.Linear) and id(child) in chosen
     ]
     for parent, name, child in linears:
         setattr(parent, name, LoRALinear(child, args))
@@ -74,3 +76,17 @@ def initial_adapter_weight(name: str, shape: torch.Size, seed: int) -> torch.Ten
 def merged_weight(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> torch.Tensor:
     """The adapted layer as one weight, in float32; the caller rounds it, once."""
     return weight.float() + scaling * (lora_b.float() @ lora_a.float())
+
+
+@torch.no_grad()
+def merge_into(model: nn.Module, tensors: Mapping[str, torch.Tensor], scaling: float) -> None:
+    """Add saved adapters to the weights of a model without adapters, and take over what else was trained."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        layer, is_first_half, _ = name.partition(".lora_A.weight")
+        if is_first_half:
+            weight = parameters[f"{layer}.weight"]
+            second = tensors[f"{layer}.lora_B.weight"]
+            weight.copy_(merged_weight(weight, tensor.to(weight.device), second.to(weight.device), scaling))
+        elif not name.endswith(".lora_B.weight"):
+            parameters[name].copy_(tensor)

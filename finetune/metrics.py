@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import sphn
 import torch
 from tqdm import tqdm
 
@@ -80,6 +81,7 @@ class Meter:
             "frames_per_sec": frames / elapsed,
             "useful_frames_per_sec": useful_frames / elapsed,
             "audio_sec_per_sec": audio_sec / elapsed,
+            "padding_share": 1 - useful_frames / frames,
             "peak_memory_gb": peak_memory_gb(self._device),
         }
         self._reset()
@@ -111,7 +113,11 @@ class JsonlFile:
         self._file = path.open("a", buffering=1)  # by line: nothing is lost when the process is killed
 
     def write(self, record: dict[str, Any]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
+        # JSON has no NaN.
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
         self._file.write(json.dumps(finite) + "\n")
 
     def close(self) -> None:
@@ -139,7 +145,7 @@ class Report:
         if not self._is_main:
             return
         self._files = {
-            kind: JsonlFile(self._run_dir / f"metrics.{kind}.jsonl", last_step) for kind in ("train", "eval")
+            kind: JsonlFile(self._run_dir / f"metrics.{kind}.jsonl", last_step) for kind in ("train", "eval", "samples")
         }
         self._tensorboard = _open_tensorboard(self._run_dir, last_step) if args.tensorboard else None
         self._wandb = _open_wandb(args.wandb, self._run_dir, without_secrets(args))
@@ -158,6 +164,26 @@ class Report:
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": value for name, value in record.items()}, step=step)
         self._show(kind, step, record)
+
+    def log_samples(self, step: int, samples: dict[str, dict[str, Any]]) -> None:
+        """Write what was spoken, by name, with its `path` and `text` and the figures of its judge."""
+        if not self._is_main:
+            return
+        for name, sample in samples.items():
+            figures = {key: value for key, value in sample.items() if key not in ("path", "text")}
+            place = {"name": name, "path": str(sample["path"].relative_to(self._run_dir)), "text": sample["text"]}
+            self._files["samples"].write({"step": step, **place, **figures})
+            scalars = {f"samples/{name}/{key}": value for key, value in figures.items()}
+            if self._tensorboard is not None:
+                _add_audio(self._tensorboard, f"samples/{name}", sample["path"], step)
+                for key, value in scalars.items():
+                    self._tensorboard.add_scalar(key, value, step)
+            if self._wandb is not None:
+                self._wandb.log({f"samples/{name}": _wandb_audio(sample), **scalars}, step=step)
+        ended = sum(sample["ended"] for sample in samples.values())
+        silent = max(sample["silent_share"] for sample in samples.values())
+        said = f"{len(samples)} spoken, {ended:.0f} ended by themselves, at most {silent:.0%} silent"
+        self._say(f"samples step {step}/{self._max_steps}  {said}")
 
     def _show(self, kind: str, step: int, record: dict[str, float]) -> None:
         terms = "  ".join(
@@ -201,6 +227,18 @@ def _open_tensorboard(run_dir: Path, last_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # seconds to import, so only where it is used
 
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)
+
+
+def _add_audio(tensorboard: Any, name: str, path: Path, step: int) -> None:
+    wav_CS, rate_hz = sphn.read(str(path))
+    if wav_CS.shape[-1]:
+        tensorboard.add_audio(name, torch.from_numpy(wav_CS[0]), step, sample_rate=rate_hz)
+
+
+def _wandb_audio(sample: dict[str, Any]) -> Any:
+    import wandb  # seconds to import, so only where it is used
+
+    return wandb.Audio(str(sample["path"]), caption=sample["text"])
 
 
 def _open_wandb(args: WandbArgs, run_dir: Path, config: dict[str, Any]) -> Any:

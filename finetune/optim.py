@@ -9,18 +9,29 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from finetune.args import OptimArgs
+from finetune.errors import UserError
 
 # moshi-finetune's values (its train.py).
 BETAS = (0.9, 0.95)
 EPS = 1e-8
 
 
-def build_optimizer(param_groups: list[dict[str, Any]], args: OptimArgs) -> torch.optim.AdamW:
-    """AdamW over the given groups, whose own settings win over `args`. The parameters are float32 masters."""
+def build_optimizer(param_groups: list[dict[str, Any]], args: OptimArgs) -> torch.optim.Optimizer:
+    """AdamW over the given groups, whose own settings win over `args`. The parameters are float32 masters.
+
+    Raises:
+        UserError: 8-bit states are asked for and torchao is not installed.
+    """
+    settings: dict[str, Any] = {"lr": args.lr, "betas": BETAS, "eps": EPS, "weight_decay": args.weight_decay}
+    if args.name == "adamw8bit":
+        try:
+            from torchao.optim import AdamW8bit  # an extra, and one of the two that shard with FSDP2's DTensor
+        except ImportError as error:
+            remedy = "pip install 'parley-finetune[lowbit]' or set optim.name: adamw"
+            raise UserError(f"optim.name: adamw8bit needs torchao ({error}); {remedy}") from error
+        return AdamW8bit(param_groups, **settings)
     on_gpu = any(parameter.is_cuda for group in param_groups for parameter in group["params"])
-    return torch.optim.AdamW(
-        param_groups, lr=args.lr, betas=BETAS, eps=EPS, weight_decay=args.weight_decay, fused=on_gpu
-    )
+    return torch.optim.AdamW(param_groups, fused=on_gpu, **settings)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, args: OptimArgs, max_steps: int) -> LRScheduler:

@@ -9,6 +9,7 @@ Shape legend: B batch, T frames, D width, H heads, K codebook steps, N rows (fra
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from moshi.modules.gating import ActivationGating
@@ -16,6 +17,8 @@ from moshi.modules.transformer import RMSNorm, StreamingMultiheadAttention
 from torch import nn
 from torch.nn import functional as F
 
+# Attention over queries, keys and values [B, H, T, D/H], with fewer heads of keys and values; gives [B, H, T, D/H].
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # Attention kernels put the batch into a grid dimension that ends at 65,535.
 MAX_ATTENTION_BATCH = 32768
 
@@ -30,16 +33,19 @@ def apply_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class Rotation:
-    """Cosines and sines of rotary position embeddings, for `num_positions` positions from 0.
+    """Cosines and sines of rotary position embeddings, in float32.
 
     Args:
+        position: positions [T] of all rows or [B, T] of each.
         interleaved: pairs are neighbours; otherwise the halves of a head.
     """
 
-    def __init__(self, num_positions: int, head_dim: int, max_period: float, interleaved: bool, device: torch.device):
-        rates = torch.arange(head_dim // 2, device=device, dtype=torch.float32)
+    def __init__(self, position: torch.Tensor, head_dim: int, max_period: float, interleaved: bool):
+        rates = torch.arange(head_dim // 2, device=position.device, dtype=torch.float32)
         rates = torch.exp(rates * (-math.log(max_period) * 2 / head_dim))
-        angles = torch.arange(num_positions, device=device, dtype=torch.float32)[:, None] * rates
+        angles = position.float()[..., None] * rates
+        if position.dim() > 1:
+            angles = angles[:, None]  # the same for all heads
         self._cos, self._sin = angles.cos(), angles.sin()
         self._interleaved = interleaved
 
@@ -73,7 +79,7 @@ def attend(
     mask: torch.Tensor | None = None,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Scaled dot-product attention, heads joined: [B, T, D]. A mask excludes `is_causal`."""
+    """Scaled dot-product attention [B, H, T, D/H]. A mask excludes `is_causal`."""
     same_heads = q_BHTD.shape[1] == k_BHTD.shape[1]
     parts = [
         F.scaled_dot_product_attention(
@@ -84,8 +90,12 @@ def attend(
             strict=True,
         )
     ]
-    out_BHTD = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out_BHTD.transpose(1, 2).flatten(-2)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def join_heads(x_BHTD: torch.Tensor) -> torch.Tensor:
+    """[B, T, D]."""
+    return x_BHTD.transpose(1, 2).flatten(-2)
 
 
 def window_mask(num_positions: int, context: int | None, device: torch.device) -> torch.Tensor | None:

@@ -14,10 +14,12 @@ from moshi.modules.transformer import StreamingTransformerLayer
 from torch import nn
 
 from moshi_overrides.attention import (
+    Attend,
     Rotation,
     apply_norm,
     attend,
     gated_feed_forward,
+    join_heads,
     split_heads,
 )
 
@@ -31,6 +33,7 @@ class TrainingLayer(StreamingTransformerLayer):
         cross_attention_src: torch.Tensor | None = None,
         rotation: Rotation | None = None,
         mask: torch.Tensor | None = None,
+        attend_inside: Attend | None = None,
     ) -> torch.Tensor:
         """One layer over whole sequences.
 
@@ -38,23 +41,29 @@ class TrainingLayer(StreamingTransformerLayer):
             cross_attention_src: conditions [B, C, D] of models with cross-attention.
             rotation: rotary positions, if the model has them.
             mask: boolean [T, T] or [B, 1, T, T]; None means plain causal attention.
+            attend_inside: self-attention of packed rows, in place of the mask.
         """
         if self.is_streaming:
             return super().forward(x_BTD, cross_attention_src)
         if not self.skip_self_attn:
-            update = self._self_attention(apply_norm(self.norm1, x_BTD), rotation, mask)
+            update = self._self_attention(apply_norm(self.norm1, x_BTD), rotation, mask, attend_inside)
             x_BTD = x_BTD + self.layer_scale_1(update)
         if self.cross_attention is not None:
             x_BTD = self._cross_attention_block(x_BTD, cross_attention_src)
         return self._ff_block(x_BTD)
 
     def _self_attention(
-        self, x_BTD: torch.Tensor, rotation: Rotation | None, mask: torch.Tensor | None
+        self,
+        x_BTD: torch.Tensor,
+        rotation: Rotation | None,
+        mask: torch.Tensor | None,
+        attend_inside: Attend | None,
     ) -> torch.Tensor:
         q, k, v = split_heads(self.self_attn, self.self_attn.in_projs[0](x_BTD))
         if rotation is not None:
             q, k = rotation(q), rotation(k)
-        return self.self_attn.out_projs[0](attend(q, k, v, mask, is_causal=True))
+        out_BHTD = attend(q, k, v, mask, is_causal=True) if attend_inside is None else attend_inside(q, k, v)
+        return self.self_attn.out_projs[0](join_heads(out_BHTD))
 
     def _cross_attention_block(self, x_BTD: torch.Tensor, cross_attention_src: torch.Tensor | None) -> torch.Tensor:
         attention = self.cross_attention
@@ -63,7 +72,7 @@ class TrainingLayer(StreamingTransformerLayer):
         project = attention.in_projs[0]
         q, _, _ = split_heads(attention, project(apply_norm(self.norm_cross, x_BTD)))
         _, k, v = split_heads(attention, project(cross_attention_src))
-        return x_BTD + self.layer_scale_cross(attention.out_projs[0](attend(q, k, v)))
+        return x_BTD + self.layer_scale_cross(attention.out_projs[0](join_heads(attend(q, k, v))))
 
     def _ff_block(self, x: torch.Tensor) -> torch.Tensor:
         normed = apply_norm(self.norm2, x)
@@ -95,7 +104,7 @@ class DepformerLayer(TrainingLayer):
         q, k, v = split_heads(attention, projected.transpose(0, 1))
         if rotation is not None:
             q, k = rotation(q), rotation(k)
-        attended_KND = attend(q, k, v, is_causal=True).transpose(0, 1).contiguous()
+        attended_KND = join_heads(attend(q, k, v, is_causal=True)).transpose(0, 1).contiguous()
         x_KND = x_KND + self.layer_scale_1(self._per_step(attention.out_projs, attended_KND))
         return self._feed_forward_per_step(x_KND)
 

@@ -14,7 +14,7 @@ import torch
 from moshi.models.loaders import CheckpointInfo
 from safetensors.torch import save_file
 
-from finetune.checkpoint import ADAPTER_FILE, MERGED_FILE
+from finetune.families.moshi import ADAPTER_FILE, MERGED_FILE
 
 
 def merge(consolidated: Path, output: Path, dtype: torch.dtype) -> None:

@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from finetune.families.csm.family import CsmArgs, CsmFamily
+from finetune.families.csm.untrained import prepare_untrained
 from finetune.families.moshi import MoshiArgs, MoshiFamily, write_untrained
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +68,47 @@ def make_moshi(folder: Path, **architecture) -> Path:
         tokenizer_path=str(QUICKSTART / "tokenizer.model"),
     )
     return write_untrained(args, {**TINY, **architecture}, folder, seed=0)
+
+
+CSM_TINY = {
+    "num_codebooks": 4,
+    "backbone": {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},
+    "decoder": {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1},
+}
+
+
+def csm_args(folder: Path, **changes) -> CsmArgs:
+    """The model section for a model folder that holds everything."""
+    return CsmArgs(hf_repo_id=None, path=str(folder), **changes)
+
+
+def make_csm(folder: Path, **architecture) -> Path:
+    """Write a tiny untrained CSM."""
+    args = CsmArgs(
+        mimi_path=str(QUICKSTART / "tiny_mimi.safetensors"),
+        mimi_config_path=str(QUICKSTART / "tiny_mimi_config.json"),
+        tokenizer_path=str(QUICKSTART / "tokenizer.json"),
+    )
+    prepare_untrained(args, {**CSM_TINY, **architecture}, folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_csm(tmp_path_factory) -> Path:
+    return make_csm(tmp_path_factory.mktemp("models") / "tiny_csm")
+
+
+@pytest.fixture(scope="session")
+def csm_family(tiny_csm) -> CsmFamily:
+    return CsmFamily(csm_args(tiny_csm), CPU)
+
+
+@pytest.fixture
+def csm_config(config, tiny_csm) -> dict:
+    """The same for CSM, on the same dialogues, cut into turns."""
+    config["model"] = {"family": "csm", "hf_repo_id": None, "path": str(tiny_csm)}
+    config["data"] |= {"max_frames": 256, "context_turns": 1}
+    return config
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ def wrong_codec(config: dict, folder: Path) -> None:
 
 
 CASES = {
-    "unknown_key": Case(unknown_key, ["optim.learning_rate: unknown key", "known keys: lr"]),
+    "unknown_key": Case(unknown_key, ["optim.learning_rate: unknown key", "known keys: name, lr"]),
     "no_run_dir": Case(no_run_dir, ["run_dir: not set", "--run_dir="]),
     "used_run_dir": Case(used_run_dir, ["run_dir: ", "holds a run", "overwrite_run_dir: true"], ranks=2),
     "missing_manifest": Case(missing_manifest, ["data.train_data: ", "none.jsonl", "give a manifest"]),

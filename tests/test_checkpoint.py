@@ -188,7 +188,7 @@ def test_training_from_an_adapters_config_is_refused(config, tmp_path):
 
 def test_a_crash_while_writing_leaves_no_checkpoint(config, tmp_path, monkeypatch):
     args, family, model = trained(config, tmp_path, do_ckpt=True)
-    monkeypatch.setattr(family, "export_config", lambda *_: 1 / 0)
+    monkeypatch.setattr(family, "export", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save(args, family, model)
     assert not list((Path(args.run_dir) / "checkpoints").glob("checkpoint_*"))

@@ -12,7 +12,7 @@ import sphn
 
 from conftest import QUICKSTART
 from finetune.data.audio import read_window
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import WindowDataset
 from finetune.data.manifest import read_sources
 from finetune.data.transcript import Transcript, read_transcript
 from finetune.data.types import BadRecording, Clip, Word
@@ -50,9 +50,9 @@ def write_manifest(path: Path, entries: dict[str, float]) -> str:
     return str(path)
 
 
-def open_dataset(spec: str, duration_sec: float = 0.5, min_channels: int = 2, on_error: str = "fail") -> Dataset:
+def open_dataset(spec: str, duration_sec: float = 0.5, min_channels: int = 2, on_error: str = "fail") -> WindowDataset:
     rules = {"duration_sec": duration_sec, "min_channels": min_channels, "on_error": on_error}
-    return Dataset.open(spec, KEY, min_duration_sec=FRAME_SEC, num_workers=2, **rules)
+    return WindowDataset.open(spec, KEY, frame_sec=FRAME_SEC, num_workers=2, **rules)
 
 
 # Manifests
@@ -323,7 +323,7 @@ def talks(tmp_path):
     return write_manifest(tmp_path / "talks.jsonl", {"good.wav": 1.0, "bad.wav": 1.0, "fine.wav": 1.0})
 
 
-def read_all(dataset: Dataset) -> list[Clip]:
+def read_all(dataset: WindowDataset) -> list[Clip]:
     return [dataset.read(window) for window in dataset.windows[0]]
 
 

@@ -24,7 +24,7 @@ with distributed.one_line_errors():
     family = MoshiFamily(MoshiArgs(hf_repo_id=sys.argv[1]), torch.device("cpu"))
     model = family.create(torch.device("meta"))
     materialize(model, family.weights(), torch.device("cpu"), seed=0)
-    print(family.export_config("", None)["tokenizer_name"])
+    print(family._addresses["tokenizer_name"])
 """
 
 

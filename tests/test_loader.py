@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import WindowDataset
 from finetune.data.loader import Loader
 from finetune.data.order import Draw, DrawOrder
 from finetune.data.types import ABSENT, Batch, Clip, Sample
@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def dataset(folder) -> Dataset:
+def dataset(folder) -> WindowDataset:
     dataset = open_dataset(str(folder / "all.jsonl"))
     assert dataset.num_windows == NUM_WINDOWS
     return dataset
@@ -56,7 +56,7 @@ def tokenize(clips: Sequence[Clip], generators: Sequence[np.random.Generator]) -
     return [sample_of(clip, generator) for clip, generator in zip(clips, generators, strict=True)]
 
 
-def make_loader(dataset: Dataset, rank: int = 0, world_size: int = 1, batch_size: int = 2, **changes) -> Loader:
+def make_loader(dataset: WindowDataset, rank: int = 0, world_size: int = 1, batch_size: int = 2, **changes) -> Loader:
     settings = {"seed": 5, "shuffle": True, "num_workers": 2, "prefetch_batches": 3, "tokenize": tokenize, **changes}
     return Loader(dataset, rank=rank, world_size=world_size, batch_size=batch_size, **settings)
 
@@ -67,7 +67,7 @@ def take(loader: Loader, num_batches: int | None) -> list[Batch]:
 
 
 def rounds(
-    dataset: Dataset, world_size: int, num_rounds: int | None, batch_size: int = 2, **changes
+    dataset: WindowDataset, world_size: int, num_rounds: int | None, batch_size: int = 2, **changes
 ) -> list[list[str]]:
     """Names of the windows of all ranks together, round by round."""
     by_rank = [

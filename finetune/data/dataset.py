@@ -16,7 +16,9 @@ from finetune.data.manifest import (
     Source,
     check_channels,
     check_recordings,
+    failure,
     read_sources,
+    report_problems,
 )
 from finetune.data.transcript import MAIN_SPEAKER, read_transcript
 from finetune.data.types import SAMPLE_RATE_HZ, BadRecording, Clip
@@ -34,7 +36,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class WindowDataset:
     """Windows of `duration_sec` of every recording of every source."""
 
     key: str
@@ -46,6 +48,10 @@ class Dataset:
     weights: Sequence[float]
     windows: Sequence[Sequence[Window]]
     """By source."""
+    frame_sec: float
+    """Length of a frame."""
+    num_tail_frames: int
+    """Empty frames that a sample has behind its audio, if the window is long enough."""
 
     @classmethod
     def open(
@@ -55,34 +61,35 @@ class Dataset:
         *,
         duration_sec: float,
         min_channels: int,
-        min_duration_sec: float,
+        frame_sec: float,
         on_error: OnError,
         num_workers: int,
         main_speaker_only: bool = False,
-    ) -> "Dataset":
+        num_tail_frames: int = 0,
+    ) -> "WindowDataset":
         """Read manifests and check every file's header and transcript. All ranks must call it together.
 
-        A window that is shorter than `min_duration_sec`, at the end of a file, is left out.
+        A window that is shorter than a frame, at the end of a file, is left out.
 
         Raises:
             UserError: a manifest is wrong, a file is bad and `on_error` is `fail`, or nothing is left.
         """
-        if duration_sec < min_duration_sec:
-            raise UserError(f"duration_sec: {duration_sec} is shorter than one frame; set {min_duration_sec} or more")
+        if duration_sec < frame_sec:
+            raise UserError(f"duration_sec: {duration_sec} is shorter than one frame; set {frame_sec} or more")
         sources = read_sources(spec, key)
         recordings = [recording for source in sources for recording in source.recordings]
         # One rank asks the file system, the others are told.
-        problems = distributed.on_main_rank(check_recordings, recordings, min_channels, min_duration_sec, num_workers)
-        _report(problems, key, on_error)
+        problems = distributed.on_main_rank(check_recordings, recordings, min_channels, frame_sec, num_workers)
+        report_problems(problems, key, on_error)
         if main_speaker_only:
             _warn_without_main_speaker(recordings, key)
         bad = {id(recordings[index]) for index in problems}
-        windows = [_cut(source, bad, duration_sec, min_duration_sec) for source in sources]
+        windows = [_cut(source, bad, duration_sec, frame_sec) for source in sources]
         for source, cut in zip(sources, windows, strict=True):
             if not cut:
                 raise UserError(f"{key}: {source.name}: no usable recording is left; see the lines above")
         weights = [source.weight for source in sources]
-        return cls(key, duration_sec, min_channels, on_error, weights, windows)
+        return cls(key, duration_sec, min_channels, on_error, weights, windows, frame_sec, num_tail_frames)
 
     @property
     def num_windows(self) -> int:
@@ -104,7 +111,7 @@ class Dataset:
         except BadRecording as problem:
             line = f"{recording.place}: {recording.path}: {problem}"
             if self.on_error == "fail":
-                raise UserError(_failure(self.key, line)) from problem
+                raise UserError(failure(self.key, line)) from problem
             if distributed.once(f"bad recording {recording.path}"):
                 logger.error("warning: skipped: %s: %s", self.key, line)
             return self.empty_clip()
@@ -122,29 +129,29 @@ class Dataset:
         silence = np.zeros((self.min_channels, 0), dtype=np.float32)
         return Clip(silence, words=(), path="", start_sec=0.0, duration_sec=self.duration_sec)
 
+    def num_frames(self, window: Window) -> int:
+        """Frames of a window's sample: those of its audio and the tail, as far as the window reaches."""
+        frame_samples = round(self.frame_sec * SAMPLE_RATE_HZ)
+        present, whole = (
+            -(-round(seconds * SAMPLE_RATE_HZ) // frame_samples)
+            for seconds in (self._length_sec(window), self.duration_sec)
+        )
+        return min(whole, present + self.num_tail_frames)
+
     def _length_sec(self, window: Window) -> float:
         return min(self.duration_sec, window.recording.duration_sec - window.start_sec)
 
 
-def _cut(source: Source, bad: set[int], duration_sec: float, min_duration_sec: float) -> list[Window]:
+def _cut(source: Source, bad: set[int], duration_sec: float, frame_sec: float) -> list[Window]:
     windows = []
     for recording in source.recordings:
         if id(recording) in bad:
             continue
         # Counted in samples: sums of seconds such as 0.1 drift.
         step = round(duration_sec * SAMPLE_RATE_HZ)
-        last = round((recording.duration_sec - min_duration_sec) * SAMPLE_RATE_HZ)
+        last = round((recording.duration_sec - frame_sec) * SAMPLE_RATE_HZ)
         windows += [Window(recording, start / SAMPLE_RATE_HZ) for start in range(0, last + 1, step)]
     return windows
-
-
-def _report(problems: dict[int, str], key: str, on_error: OnError) -> None:
-    lines = list(problems.values())
-    if lines and on_error == "fail":
-        more = f" (and {len(lines) - 1} more bad files)" if len(lines) > 1 else ""
-        raise UserError(_failure(key, lines[0]) + more)
-    for line in lines:
-        logger.warning("warning: skipped: %s: %s", key, line)
 
 
 def _warn_without_main_speaker(recordings: Sequence[Recording], key: str) -> None:
@@ -159,7 +166,3 @@ def _warn_without_main_speaker(recordings: Sequence[Recording], key: str) -> Non
         said = ", ".join(sorted(labels))
         remedy = f"label the left channel's words {MAIN_SPEAKER} or set model.keep_main_only: false"
         logger.warning("warning: %s: no word is labelled %s (labels: %s); %s", key, MAIN_SPEAKER, said, remedy)
-
-
-def _failure(key: str, line: str) -> str:
-    return f"{key}: {line}, or set data.on_error: skip"

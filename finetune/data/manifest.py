@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import logging
 import math
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import sphn
 
@@ -15,9 +17,13 @@ from finetune.data.transcript import read_transcript
 from finetune.data.types import BadRecording
 from finetune.errors import UserError
 
+logger = logging.getLogger("parley")
+
 # A manifest may round a file's length. Less than a frame, so that no window can start past the end of its file.
 DURATION_SLACK_SEC = 0.05
 MAKE_MANIFEST = "make the manifest anew with scripts/make_manifest.py"
+UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
+"""What reading a text file, gzip or not, may raise."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,16 @@ def read_sources(spec: str, key: str) -> list[Source]:
     Raises:
         UserError: names the key, the manifest, its line and the remedy.
     """
+    return [Source(name, weight, _read_source(Path(name), key)) for name, weight in split_spec(spec, key)]
+
+
+def split_spec(spec: str, key: str) -> list[tuple[str, float]]:
+    """The sources of `path[:weight],path[:weight]`, with weights that sum to 1."""
     parsed = [_split_weight(part.strip(), key) for part in spec.split(",") if part.strip()]
     if not parsed:
         raise UserError(f"{key}: {spec!r} names no source; give a manifest (.jsonl) or a folder of them")
     total = sum(weight for _, weight in parsed)
-    return [Source(name, weight / total, _read_source(Path(name), key)) for name, weight in parsed]
+    return [(name, weight / total) for name, weight in parsed]
 
 
 def _split_weight(part: str, key: str) -> tuple[str, float]:
@@ -83,7 +94,7 @@ def _read_manifest(path: Path, key: str) -> list[Recording]:
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
             numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{key}: {path}: cannot be read ({error}); {MAKE_MANIFEST}") from error
     return [_parse_line(line, path, f"{path} line {number}", key) for number, line in numbered]
 
@@ -96,11 +107,16 @@ def _parse_line(line: str, manifest: Path, place: str, key: str) -> Recording:
         problem = f"no {error}" if isinstance(error, KeyError) else "not a JSON object"
         shape = '{"path": "a.wav", "duration": 12.3}'
         raise UserError(f"{key}: {place}: {problem} in {line.strip()!r:.80}; write {shape}") from error
+    return parse_recording(audio, duration, manifest.parent, place, key)
+
+
+def parse_recording(audio: Any, duration: Any, folder: Path, place: str, key: str) -> Recording:
+    """A manifest's entry, checked."""
     if not isinstance(audio, str) or isinstance(duration, bool) or not isinstance(duration, (int, float)):
         raise UserError(f"{key}: {place}: path must be text and duration seconds; {MAKE_MANIFEST}")
     if not (duration > 0 and math.isfinite(duration)):
         raise UserError(f"{key}: {place}: duration is {duration}; {MAKE_MANIFEST}")
-    return Recording(manifest.parent / audio, float(duration), place)
+    return Recording(folder / audio, float(duration), place)
 
 
 def check_recording(recording: Recording, min_channels: int, min_duration_sec: float) -> str | None:
@@ -143,3 +159,17 @@ def check_recordings(
     with ThreadPoolExecutor(num_workers) as pool:
         problems = pool.map(lambda each: check_recording(each, min_channels, min_duration_sec), recordings)
         return {index: problem for index, problem in enumerate(problems) if problem}
+
+
+def report_problems(problems: dict[int, str], key: str, on_error: Literal["fail", "skip"]) -> None:
+    """Say what is wrong with files: the first one ends the run under `fail`, all are warned of under `skip`."""
+    lines = list(problems.values())
+    if lines and on_error == "fail":
+        more = f" (and {len(lines) - 1} more bad files)" if len(lines) > 1 else ""
+        raise UserError(failure(key, lines[0]) + more)
+    for line in lines:
+        logger.warning("warning: skipped: %s: %s", key, line)
+
+
+def failure(key: str, line: str) -> str:
+    return f"{key}: {line}, or set data.on_error: skip"

@@ -4,7 +4,7 @@ Shape legend: B batch, K streams (row 0 text, rows 1.. audio codebooks), T frame
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -101,23 +101,43 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples, padding the shorter ones with ABSENT."""
-    num_frames = max(sample.codes_KT.shape[1] for sample in samples)
-    num_streams = samples[0].codes_KT.shape[0]
-    codes_BKT = torch.full((len(samples), num_streams, num_frames), ABSENT, dtype=torch.int64)
-    loss_weight_BKT = torch.zeros(len(samples), num_streams, num_frames)
-    segment_BT = torch.full((len(samples), num_frames), -1, dtype=torch.int64)
-    for row, sample in enumerate(samples):
-        length = sample.codes_KT.shape[1]
-        codes_BKT[row, :, :length] = sample.codes_KT
-        loss_weight_BKT[row, :, :length] = sample.loss_weight_KT
-        segment_BT[row, :length] = torch.where((sample.codes_KT != ABSENT).any(0), 0, -1)
+def trim(sample: Sample, num_tail_frames: int) -> Sample:
+    """Cut off the empty frames at the end, except for the first `num_tail_frames` of them."""
+    present = (sample.codes_KT != ABSENT).any(0).nonzero()
+    num_frames = int(present.max()) + 1 + num_tail_frames if len(present) else 0
+    return replace(
+        sample, codes_KT=sample.codes_KT[:, :num_frames], loss_weight_KT=sample.loss_weight_KT[:, :num_frames]
+    )
+
+
+def collate(rows: Sequence[Sequence[Sample]], num_frames: int | None = None) -> Batch:
+    """Rows of samples, one behind the other, padded with ABSENT to `num_frames` or the longest row.
+
+    The frames of a row's only sample that hold nothing count as padding. Behind each other samples keep them:
+    they are where delayed streams end.
+    """
+    longest = max(sum(sample.codes_KT.shape[1] for sample in row) for row in rows)
+    num_frames = max(num_frames or 0, longest, 1)
+    num_streams = rows[0][0].codes_KT.shape[0]
+    codes_BKT = torch.full((len(rows), num_streams, num_frames), ABSENT, dtype=torch.int64)
+    loss_weight_BKT = torch.zeros(len(rows), num_streams, num_frames)
+    segment_BT = torch.full((len(rows), num_frames), -1, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        start = 0
+        for segment, sample in enumerate(row):
+            stop = start + sample.codes_KT.shape[1]
+            codes_BKT[index, :, start:stop] = sample.codes_KT
+            loss_weight_BKT[index, :, start:stop] = sample.loss_weight_KT
+            segment_BT[index, start:stop] = segment
+            start = stop
+        if len(row) == 1:
+            segment_BT[index].masked_fill_((codes_BKT[index] == ABSENT).all(0), -1)
+    samples = [sample for row in rows for sample in row]
     return Batch(
         codes_BKT=codes_BKT,
         loss_weight_BKT=loss_weight_BKT,
         segment_BT=segment_BT,
         audio_sec=sum(sample.audio_sec for sample in samples),
-        conditions=tuple(sample.conditions for sample in samples),
+        conditions=tuple(row[0].conditions for row in rows),
         paths=tuple(sample.path for sample in samples),
     )

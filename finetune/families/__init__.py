@@ -8,6 +8,7 @@ from finetune.families.base import Family
 
 FAMILIES = {
     "moshi": "finetune.families.moshi:MoshiFamily",
+    "csm": "finetune.families.csm.family:CsmFamily",
 }
 
 

@@ -3,16 +3,17 @@
 Shape legend: B batch, K streams, T frames.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from finetune.data.types import Batch, Clip, Sample
+from finetune.data.types import Batch, Sample, Turn
+from finetune.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,57 @@ class Weights:
     counts as one row."""
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """Settings of LoRA adapters, for programs that load them."""
+
+    rank: int
+    scaling: float
+    """Factor on the adapters' output."""
+    dropout: float
+    rslora: bool
+    """Whether the factor was meant as alpha/√rank rather than alpha/rank."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A text to speak."""
+
+    text: str
+    speaker: str
+    context: Sequence[Turn] = ()
+    """What was said before, perhaps in the voice to speak in."""
+
+
+@dataclass(frozen=True)
+class SpeechChunk:
+    """What several lines sound like next, side by side."""
+
+    wavs: Sequence[np.ndarray]
+    """Mono float32 at 24 kHz; nothing for a line that is over."""
+    ended: Sequence[bool]
+    """Whether the model has ended each line by itself."""
+
+
 class Family(Protocol):
     """One model architecture with its formats. Built from its own section of the configuration."""
 
     Args: type[Any]
+    unit: Literal["window", "conversation"]
+    """What is drawn and tokenised: windows of recordings (Clip), or conversations of turns (Conversation)."""
     terms: Sequence[LossTerm]
     frame_size: int
     """Samples per frame at 24 kHz."""
     min_channels: int
-    """Channels that a recording must have."""
+    """Channels that a recording must have; where windows are drawn."""
     main_speaker_only: bool
-    """Whether the words of everyone but the main speaker are left out."""
+    """Whether the words of everyone but the main speaker are left out; where windows are drawn."""
+    can_pack: bool
+    """Whether samples may share a row."""
+    can_speak: bool
+    """Whether it speaks texts."""
+    num_tail_frames: int
+    """Empty frames that a sample needs behind its last one when others follow it in a row: the longest delay."""
 
     def __init__(self, args: Any, device: torch.device): ...
 
@@ -61,12 +102,16 @@ class Family(Protocol):
         """The checkpoint that training starts from, in the model's own names."""
         ...
 
-    def tokenize(
-        self, clips: Sequence[Clip], generators: Sequence[np.random.Generator], *, evaluation: bool = False
-    ) -> list[Sample]:
-        """Codes and loss weights of some clips; under `evaluation` with weights that no configuration changes.
+    def count_text(self, speaker: str, text: str) -> int:
+        """Positions that a turn's text takes; where conversations are drawn."""
+        ...
 
-        Takes several clips where the shape of things suggests one, so that the codec runs batched.
+    def tokenize(
+        self, clips: Sequence[Any], generators: Sequence[np.random.Generator], *, evaluation: bool = False
+    ) -> list[Sample]:
+        """Codes and loss weights of some units; under `evaluation` with weights that no configuration changes.
+
+        Takes several units where the shape of things suggests one, so that the codec runs batched.
         """
         ...
 
@@ -86,15 +131,33 @@ class Family(Protocol):
         """What full fine-tuning trains, as AdamW's groups; everything else is frozen."""
         ...
 
+    def parts(self, model: nn.Module) -> dict[str, list[nn.Module]]:
+        """What `train_only` can name: the model in disjoint parts."""
+        ...
+
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """Units of sharding, compilation and activation checkpointing, inner ones first."""
         ...
 
-    def export_config(self, weights_file: str, lora: dict[str, Any] | None) -> dict[str, Any]:
-        """`config.json` of a checkpoint.
+    def export(self, folder: Path, tensors: dict[str, torch.Tensor], adapter: Adapter | None) -> None:
+        """Write what the upstream inference programs load into an empty folder.
 
         Args:
-            weights_file: the file beside it.
-            lora: rank and scaling, if that file is an adapter; None if it is a whole model.
+            tensors: by parameter name, on the CPU: the whole model, or what the adapters trained.
+            adapter: the adapters' settings; None if this is a whole model.
+        """
+        ...
+
+    def read_adapter(self, folder: Path) -> tuple[Adapter, dict[str, torch.Tensor]]:
+        """What `export` wrote of an adapter, by parameter name."""
+        ...
+
+    def speak(
+        self, model: nn.Module, lines: Sequence[Line], sampling: Sampling, max_sec: float
+    ) -> Iterator[SpeechChunk]:
+        """Speak several lines at once, frame by frame; where `can_speak`.
+
+        Raises:
+            UserError: a line and its context are too long for the model.
         """
         ...

@@ -18,23 +18,25 @@ import sentencepiece
 import torch
 from moshi.conditioners import ConditionAttributes
 from moshi.models import loaders
-from moshi.models.lm_utils import _delay_sequence
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from finetune.codec import Codec
 from finetune.data.types import ABSENT, SAMPLE_RATE_HZ, Batch, Clip, Sample, send
 from finetune.errors import UserError
-from finetune.families.base import LossTerm, Weights
+from finetune.families.base import Adapter, LossTerm, Weights
 from finetune.families.moshi_files import find_files, open_weights, read_json
+from finetune.segments import extend_last, is_packed, positions, segment_attention
 from finetune.text_stream import TextStreamRules, build_text_stream, num_frames_of
 from moshi_overrides.fsdp import allow_fully_shard
-from moshi_overrides.training_lm import TrainingLM
+from moshi_overrides.training_lm import TrainingLM, delay_streams
 
 # What evaluation counts a padding token, whatever the run trains with, so that runs compare: moshi-finetune's
 # default.
 EVAL_PADDING_WEIGHT = 0.5
+ADAPTER_FILE = "lora.safetensors"
+MERGED_FILE = "consolidated.safetensors"
 # Keys of config.json that are not arguments of LMModel (moshi's CheckpointInfo takes them out).
 _NOT_FOR_LM = ("lora", "lora_rank", "lora_scaling")
 
@@ -89,6 +91,8 @@ class MoshiFamily:
     """Moshi and its relatives (Hibiki, one-way and conditioned models): any LMModel of the moshi package."""
 
     Args = MoshiArgs
+    unit = "window"
+    can_speak = False
 
     def __init__(self, args: MoshiArgs, device: torch.device):
         self._args = args
@@ -110,6 +114,8 @@ class MoshiFamily:
         self._conditioners = _text_conditioners(self._lm_kwargs)
         self.frame_size = self._codec.frame_size
         self.main_speaker_only = args.keep_main_only
+        self.can_pack = not self._conditioners  # conditions hold for whole rows
+        self.num_tail_frames = max(self._delays)
         self.min_channels = 2 if 0 < self._dep_q < self._n_q else 1
         self.terms = [LossTerm("text", slice(0, 1))]
         if self._dep_q:
@@ -163,16 +169,18 @@ class MoshiFamily:
             steps = max(schedule) + 1 if schedule else self._dep_q
         return open_weights(self._info.moshi_weights, steps, self._open_files)
 
+    def count_text(self, speaker: str, text: str) -> int:
+        """Moshi's text lies over its audio and takes no position of its own."""
+        return 0
+
     def tokenize(
         self, clips: Sequence[Clip], generators: Sequence[np.random.Generator], *, evaluation: bool = False
     ) -> list[Sample]:
         """Codes of both voices below the text stream; the user's voice is heard, not predicted."""
-        num_samples = max(round(clip.duration_sec * SAMPLE_RATE_HZ) for clip in clips)
-        voices = [wav for clip in clips for wav in self._voices(clip)]
-        codes_NKT = self._codec.encode(voices, num_samples)
-        per_clip = len(voices) // len(clips)
+        codes = self._codec.encode([wav for clip in clips for wav in self._voices(clip)])
+        per_clip = len(codes) // len(clips)
         return [
-            self._sample(clip, codes_NKT[index * per_clip : (index + 1) * per_clip], evaluation)
+            self._sample(clip, codes[index * per_clip : (index + 1) * per_clip], evaluation)
             for index, clip in enumerate(clips)
         ]
 
@@ -180,9 +188,13 @@ class MoshiFamily:
         """One forward pass over the frames that have a target."""
         device = model.device
         weight_BKT = batch.loss_weight_BKT
+        segment_BT = extend_last(batch.segment_BT)  # delayed streams may end in the padding
+        position_BT = positions(segment_BT) if is_packed(segment_BT) else None
+        if position_BT is not None and not self.can_pack:
+            raise UserError("data.packing: pack cannot keep the text conditions of a row's samples apart; use bucket")
         # A delayed stream's target of frame t stands at frame t + delay of the model's sequence.
         nowhere_BK1 = torch.zeros_like(weight_BKT[..., :1])
-        has_target_BKT = _delay_sequence(self._delays, weight_BKT, nowhere_BK1) > 0
+        has_target_BKT = delay_streams(self._delays, weight_BKT, nowhere_BK1, position_BT) > 0
         text_rows = _some_rows(has_target_BKT[:, 0])
         audio_rows = _some_rows(has_target_BKT[:, 1 : 1 + self._dep_q].any(1))
         nll_BKT = model(
@@ -190,6 +202,8 @@ class MoshiFamily:
             send(text_rows, device),
             send(audio_rows, device),
             self._prepare_conditions(model, batch),
+            None if position_BT is None else send(position_BT, device),
+            None if position_BT is None else segment_attention(segment_BT, device, model.context),
         )
         predicted_BKT = send(weight_BKT, device)[:, : nll_BKT.shape[1]] > 0
         nll_BKT = torch.where(predicted_BKT, nll_BKT, 0.0)
@@ -208,14 +222,33 @@ class MoshiFamily:
         """Everything, in one group, as in moshi-finetune."""
         return [{"params": list(model.parameters())}]
 
+    def parts(self, model: TrainingLM) -> dict[str, list[nn.Module]]:
+        """The transformer over time and the Depformer, each with its heads, and the embeddings of both."""
+        temporal = [model.transformer, model.out_norm, model.text_linear, model.extra_heads]
+        temporal += [module for module in (model.condition_provider, model.fuser) if module is not None]
+        depth = [model.depformer_in, model.depformer, model.depformer_norms, model.linears] if self._dep_q else []
+        return {"temporal": temporal, "depformer": depth, "embeddings": self.embeddings(model)}
+
     def blocks(self, model: TrainingLM) -> list[nn.Module]:
         """The layers of both transformers."""
         return [*model.transformer.layers, *(model.depformer.layers if self._dep_q else [])]
 
-    def export_config(self, weights_file: str, lora: dict[str, Any] | None) -> dict[str, Any]:
-        """What `python -m moshi.server --config-path` reads. Files outside the checkpoint have full addresses."""
-        own_weights = {} if lora else {"moshi_name": weights_file}
-        return {**self._config, **self._addresses, **own_weights, "lora": lora is not None, **(lora or {})}
+    def export(self, folder: Path, tensors: dict[str, torch.Tensor], adapter: Adapter | None) -> None:
+        """What `python -m moshi.server --config-path` reads. Files outside the folder have full addresses."""
+        file = MERGED_FILE if adapter is None else ADAPTER_FILE
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file)
+        config: dict[str, Any] = {**self._config, **self._addresses, "lora": adapter is not None}
+        if adapter is None:
+            config["moshi_name"] = file
+        else:
+            config |= {"lora_rank": adapter.rank, "lora_scaling": adapter.scaling}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+    def read_adapter(self, folder: Path) -> tuple[Adapter, dict[str, torch.Tensor]]:
+        """Adapters that `export` wrote."""
+        config = read_json(folder / "config.json")
+        adapter = Adapter(config["lora_rank"], config["lora_scaling"], dropout=0.0, rslora=False)
+        return adapter, load_file(folder / ADAPTER_FILE)
 
     def _load_mimi(self, device: torch.device) -> Any:
         num_codebooks = max(self._dep_q, self._n_q - self._dep_q)
@@ -237,16 +270,16 @@ class MoshiFamily:
             return [left]
         return [left, right] if self._n_q > self._dep_q else [left]
 
-    def _sample(self, clip: Clip, voice_codes: torch.Tensor, evaluation: bool) -> Sample:
-        own = voice_codes[0, : self._dep_q]
-        heard = voice_codes[-1, : self._n_q - self._dep_q]
+    def _sample(self, clip: Clip, voices: Sequence[torch.Tensor], evaluation: bool) -> Sample:
         self._check_conditions(clip)
+        num_frames = num_frames_of(round(clip.duration_sec * SAMPLE_RATE_HZ), self.frame_size)
         num_present = num_frames_of(clip.wav_CS.shape[-1], self.frame_size)
-        text = torch.full((1, own.shape[1]), ABSENT)
-        text[0, :num_present] = torch.tensor(
+        codes_KT = torch.full((1 + self._n_q, num_frames), ABSENT)
+        codes_KT[0, :num_present] = torch.tensor(
             build_text_stream(clip.words, num_present, self._tokenizer, self._rules), dtype=torch.int64
         )
-        codes_KT = torch.cat([text, own, heard])
+        codes_KT[1 : 1 + self._dep_q, :num_present] = voices[0][: self._dep_q]
+        codes_KT[1 + self._dep_q :, :num_present] = voices[-1][: self._n_q - self._dep_q]
         return Sample(
             codes_KT=codes_KT,
             loss_weight_KT=self._loss_weights(codes_KT, evaluation),

@@ -1,9 +1,10 @@
 """The sizes of a CSM, and the configuration files that hold them.
 
-Facts: SesameAILabs/csm `models.py` (flavours), transformers `CsmConfig`.
+Facts: SesameAILabs/csm `models.py` (flavours), transformers `CsmConfig`, thomasgauthier/csm-hf `modeling_csm.py`.
 """
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from finetune.errors import UserError
@@ -17,6 +18,11 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+
+    def restated(self, original_context: int) -> "RopeScaling":
+        """The same stretching, said of another original context."""
+        ratio = original_context / self.original_context
+        return RopeScaling(self.factor, self.low_freq_factor * ratio, self.high_freq_factor * ratio, original_context)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,30 @@ class CsmConfig:
     decoder: TransformerConfig = LLAMA_100M
 
 
+# Positions of the backbone that CSM-1B was trained on (SesameAILabs/csm `models.py`).
+MAX_POSITIONS = 2048
+
+
+def from_json(config: dict[str, Any]) -> CsmConfig:
+    """Read a `config.json` of any of the three projects, told apart by content.
+
+    Raises:
+        UserError: it is none of theirs, lacks something, or describes a model that CSM is not.
+    """
+    readers: dict[str, Callable[[dict[str, Any]], CsmConfig]] = {
+        "depth_decoder_config": from_transformers,
+        "backbone_config": from_csm_hf,
+        "backbone_flavor": from_sesame,
+    }
+    for key, read in readers.items():
+        if key in config:
+            try:
+                return read(config)
+            except KeyError as error:
+                raise UserError(f"model: config.json lacks {error.args[0]}; take the one of the weights") from error
+    raise UserError(f"model: config.json has none of {', '.join(readers)}; give a CSM's")
+
+
 def from_sesame(config: dict[str, Any]) -> CsmConfig:
     """Read Sesame's `config.json`, which names flavours; sizes of our own stand under the same keys as mappings.
 
@@ -68,6 +98,17 @@ def from_sesame(config: dict[str, Any]) -> CsmConfig:
     )
 
 
+def to_sesame(config: CsmConfig) -> dict[str, Any]:
+    """The inverse of `from_sesame`."""
+    return {
+        "text_vocab_size": config.text_vocab_size,
+        "audio_vocab_size": config.audio_vocab_size,
+        "audio_num_codebooks": config.num_codebooks,
+        "backbone_flavor": _flavor_name(config.backbone),
+        "decoder_flavor": _flavor_name(config.decoder),
+    }
+
+
 def _flavor(flavor: str | dict[str, Any]) -> TransformerConfig:
     if isinstance(flavor, dict):
         sizes = dict(flavor)
@@ -78,20 +119,72 @@ def _flavor(flavor: str | dict[str, Any]) -> TransformerConfig:
     return FLAVORS[flavor]
 
 
+def _flavor_name(sizes: TransformerConfig) -> str | dict[str, Any]:
+    return next((name for name, known in FLAVORS.items() if known == sizes), asdict(sizes))
+
+
+def from_csm_hf(config: dict[str, Any]) -> CsmConfig:
+    """Read csm-hf's `config.json`, which holds two of transformers' `LlamaConfig`."""
+    return CsmConfig(
+        text_vocab_size=config["text_vocab_size"],
+        audio_vocab_size=config["audio_vocab_size"],
+        num_codebooks=config["audio_num_codebooks"],
+        backbone=_from_llama(config["backbone_config"]),
+        decoder=_from_llama(config["decoder_config"]),
+    )
+
+
+def to_csm_hf(config: CsmConfig) -> dict[str, Any]:
+    """The inverse of `from_csm_hf`, as csm-hf's `CSMConfig` reads it."""
+    llama = {"model_type": "llama", "vocab_size": config.text_vocab_size}
+    return {
+        "architectures": ["CSMModel"],
+        "model_type": "csm",
+        "text_vocab_size": config.text_vocab_size,
+        "audio_vocab_size": config.audio_vocab_size,
+        "audio_num_codebooks": config.num_codebooks,
+        "max_seq_len": MAX_POSITIONS,
+        "backbone_config": llama | _to_llama(config.backbone, MAX_POSITIONS),
+        "decoder_config": llama | _to_llama(config.decoder, config.num_codebooks),
+    }
+
+
 def from_transformers(config: dict[str, Any]) -> CsmConfig:
     """Read the `config.json` of transformers' `CsmForConditionalGeneration`, of version 4 or 5."""
+    if not config.get("tie_codebooks_embeddings", True):
+        raise UserError("model: tie_codebooks_embeddings: false; CSM shares one table of audio embeddings")
     return CsmConfig(
         text_vocab_size=config["text_vocab_size"],
         audio_vocab_size=config["vocab_size"],
         num_codebooks=config["num_codebooks"],
-        backbone=_llama(config),
-        decoder=_llama(config["depth_decoder_config"]),
+        backbone=_from_llama(config),
+        decoder=_from_llama(config["depth_decoder_config"]),
     )
 
 
-def _llama(config: dict[str, Any]) -> TransformerConfig:
-    # transformers 5 keeps all of rope's settings in `rope_parameters`.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+def to_transformers(config: CsmConfig) -> dict[str, Any]:
+    """The inverse of `from_transformers`; whoever writes the file adds the codec and the ids of the tokenizer."""
+    shared = {"num_codebooks": config.num_codebooks, "vocab_size": config.audio_vocab_size}
+    depth = _to_llama(config.decoder, config.num_codebooks + 1)
+    return {
+        "architectures": ["CsmForConditionalGeneration"],
+        "model_type": "csm",
+        **shared,
+        **_to_llama(config.backbone, MAX_POSITIONS),
+        "text_vocab_size": config.text_vocab_size,
+        "codebook_eos_token_id": 0,
+        "codebook_pad_token_id": config.audio_vocab_size - 1,
+        "tie_codebooks_embeddings": True,
+        "depth_decoder_config": {
+            "model_type": "csm_depth_decoder_model",
+            **shared,
+            **depth,
+            "backbone_hidden_size": config.backbone.hidden_size,
+        },
+    }
+
+
+def _from_llama(config: Mapping[str, Any]) -> TransformerConfig:
     sizes = TransformerConfig(
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
@@ -99,14 +192,56 @@ def _llama(config: dict[str, Any]) -> TransformerConfig:
         num_heads=config["num_attention_heads"],
         num_kv_heads=config["num_key_value_heads"],
         norm_eps=config["rms_norm_eps"],
-        rope_base=float(rope.get("rope_theta") or config["rope_theta"]),
+        rope_scaling=None,
     )
-    if rope.get("rope_type", "default") == "default":
-        return replace(sizes, rope_scaling=None)
+    _refuse_what_csm_lacks(config, sizes)
+    # transformers 5 keeps all of rope's settings in `rope_parameters`.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    sizes = replace(sizes, rope_base=float(rope.get("rope_theta") or config["rope_theta"]))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return sizes
+    if kind != "llama3":
+        raise UserError(f"model: rope_type: {kind} of config.json is not CSM's llama3")
     scaling = RopeScaling(
         factor=rope["factor"],
         low_freq_factor=rope["low_freq_factor"],
         high_freq_factor=rope["high_freq_factor"],
         original_context=rope["original_max_position_embeddings"],
     )
-    return replace(sizes, rope_scaling=scaling)
+    # One spelling for all that means the same, so that flavours are recognised.
+    return replace(sizes, rope_scaling=scaling.restated(RopeScaling.original_context))
+
+
+def _refuse_what_csm_lacks(config: Mapping[str, Any], sizes: TransformerConfig) -> None:
+    wanted = {"head_dim": sizes.head_dim, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    for key, value in wanted.items():
+        if config.get(key) not in (None, value):
+            raise UserError(f"model: {key}: {config[key]} of config.json is not CSM's; it must be {value}")
+
+
+def _to_llama(sizes: TransformerConfig, max_positions: int) -> dict[str, Any]:
+    written: dict[str, Any] = {
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "num_key_value_heads": sizes.num_kv_heads,
+        "head_dim": sizes.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": sizes.norm_eps,
+        "max_position_embeddings": max_positions,
+        "rope_theta": sizes.rope_base,
+        "rope_scaling": None,
+    }
+    if sizes.rope_scaling is not None:
+        # transformers warns unless the original context is below the one in use. Powers of two keep it exact.
+        scaling = sizes.rope_scaling.restated(1 << ((max_positions // 2).bit_length() - 1))
+        written["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }
+    return written

@@ -4,7 +4,7 @@ Sources: transformers `convert_csm.py`, SesameAILabs/csm `models.py`, thomasgaut
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -43,8 +43,9 @@ _SESAME_INNER = {
 _LAYER = re.compile(r"(?P<owner>backbone_model|depth_decoder\.model)\.layers\.(?P<index>\d+)\.(?P<inner>.*)")
 _OWNERS = {"backbone_model": "backbone", "depth_decoder.model": "decoder"}
 # transformers stores its codec too, and the audio table a second time where it is not tied.
-_CODEC_PREFIX = "codec_model."
-_TIED_COPY = "depth_decoder.model.embed_tokens.weight"
+CODEC_PREFIX = "codec_model."
+AUDIO_TABLE = "backbone_model.embed_tokens.embed_audio_tokens.weight"
+TIED_COPY = "depth_decoder.model.embed_tokens.weight"
 
 
 def recognize(names: Iterable[str]) -> Layout:
@@ -64,10 +65,15 @@ def recognize(names: Iterable[str]) -> Layout:
     raise UserError(f"model: not a CSM: the weights hold {example} and the like; see the layouts in README.md")
 
 
-def name_in(layout: Layout, name: str) -> str:
-    """What another layout calls a parameter of ours."""
+def name_in(layout: Layout, name: str, stored: Container[str] | None = None) -> str:
+    """What another layout calls a parameter of ours.
+
+    Args:
+        stored: the names in a file: transformers keeps the shared audio table under either of its two names.
+    """
     if layout == "transformers":
-        return name
+        is_elsewhere = name == AUDIO_TABLE and stored is not None and name not in stored and TIED_COPY in stored
+        return TIED_COPY if is_elsewhere else name
     layer = _LAYER.fullmatch(name)
     if layer is None:
         return (_SESAME_OUTER if layout == "sesame" else _CSM_HF_OUTER)[name]
@@ -90,23 +96,53 @@ def from_layout(
     Raises:
         UserError: the file lacks a parameter, or the tied audio tables differ.
     """
-    tied = state.get(_TIED_COPY)
-    table = state.get("backbone_model.embed_tokens.embed_audio_tokens.weight")
+    tied = state.get(TIED_COPY)
+    table = state.get(AUDIO_TABLE)
     if tied is not None and table is not None and not torch.equal(tied, table):
         raise UserError("model: the audio embeddings of backbone and decoder differ; CSM shares one table")
     taken = {}
     for name in names:
-        source = name_in(layout, name)
+        source = name_in(layout, name, state)
         if source not in state:
             raise UserError(f"model: the weights lack {source}; is this the model of its config.json?")
         taken[name] = _reorder(name, state[source], layout, config, outward=False)
     return taken
 
 
+def rows_in(
+    layout: Layout,
+    name: str,
+    read: Callable[[int, int], torch.Tensor],
+    start: int,
+    stop: int,
+    config: CsmConfig,
+) -> torch.Tensor:
+    """Rows of a parameter of ours, from a file in another layout.
+
+    Args:
+        read: gives rows of the stored tensor.
+    """
+    if not _is_reordered(name, layout):
+        return read(start, stop)
+    # Rows move inside their heads, so that whole heads are read.
+    height = _head_dim(name, config)
+    first = start // height * height
+    heads = read(first, -(-stop // height) * height)
+    return _reorder(name, heads, layout, config, outward=False)[start - first : stop - first]
+
+
+def _is_reordered(name: str, layout: Layout) -> bool:
+    return layout == "sesame" and name.endswith(("q_proj.weight", "k_proj.weight"))
+
+
+def _head_dim(name: str, config: CsmConfig) -> int:
+    return (config.backbone if name.startswith("backbone") else config.decoder).head_dim
+
+
 def _reorder(name: str, tensor: torch.Tensor, layout: Layout, config: CsmConfig, *, outward: bool) -> torch.Tensor:
     """Sesame turns neighbouring rows of a query or key head, the others halves of it."""
-    if layout != "sesame" or not name.endswith(("q_proj.weight", "k_proj.weight")):
+    if not _is_reordered(name, layout):
         return tensor
-    half = (config.backbone if name.startswith("backbone") else config.decoder).head_dim // 2
+    half = _head_dim(name, config) // 2
     pair = (half, 2) if not outward else (2, half)
     return tensor.unflatten(0, (-1, *pair)).transpose(1, 2).flatten(0, 2).contiguous()

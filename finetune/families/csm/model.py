@@ -9,6 +9,7 @@ V vocabulary.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,14 +61,33 @@ def rotary_tables(config: TransformerConfig, position_BT: torch.Tensor) -> tuple
 
 
 def rotate(x_BHTD: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn the pairs (i, i + D/2)."""
-    cos, sin = tables
-    first, second = x_BHTD.float().chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_BHTD.dtype)
+    """Turn the pairs (i, i + D/2), in float32."""
+    return _Rotation.apply(x_BHTD, *tables)
+
+
+class _Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back, for which nothing but the angles is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x_BHTD, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BHTD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(gradient_BHTD, cos, -sin), None, None
+
+
+def _turn(x_BHTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    # The products of a narrower type with the tables are in float32 without a copy of it all.
+    first, second = x_BHTD.chunk(2, -1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat([half.to(x_BHTD.dtype) for half in turned], -1)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, in float32."""
+    """Root-mean-square norm, which torch computes in float32."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -76,8 +96,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The norm of the last dimension, in the input's type."""
-        normed = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
-        return self.weight * normed.to(x.dtype)
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
 
 
 class Attention(nn.Module):
@@ -197,9 +216,12 @@ class DepthDecoder(nn.Module):
 
     def forward(self, x_NKD: torch.Tensor) -> torch.Tensor:
         """Logits [K - 1, N, V] of what follows each of the inputs [N, K, D] but the first."""
+        return self.codebooks_head(self.hidden_states(x_NKD).transpose(0, 1))
+
+    def hidden_states(self, x_NKD: torch.Tensor) -> torch.Tensor:
+        """What the heads read [N, K - 1, D]: the normalised output of all inputs [N, K, D] but the first."""
         position_1K = torch.arange(x_NKD.shape[1], device=x_NKD.device)[None]
-        out_NKD = self.model.run(self.model.inputs_embeds_projector(x_NKD), position_1K)
-        return self.codebooks_head(out_NKD[:, 1:].transpose(0, 1))
+        return self.model.run(self.model.inputs_embeds_projector(x_NKD), position_1K)[:, 1:]
 
 
 class CsmModel(nn.Module):
@@ -261,10 +283,12 @@ class CsmModel(nn.Module):
 
     def depth_logits(self, hidden_ND: torch.Tensor, codes_KN: torch.Tensor) -> torch.Tensor:
         """Logits [K - 1, N, V] of codebooks 1.. given the backbone's output and codebooks 0..K-2 of each frame."""
+        return self.depth_decoder(self._depth_inputs(hidden_ND, codes_KN))
+
+    def _depth_inputs(self, hidden_ND: torch.Tensor, codes_KN: torch.Tensor) -> torch.Tensor:
         offsets_K = torch.arange(len(codes_KN), device=codes_KN.device) * self.config.audio_vocab_size
         embedded_NKD = self.audio_embedding((codes_KN + offsets_K[:, None]).T)
-        x_NKD = torch.cat([hidden_ND[:, None], embedded_NKD.to(hidden_ND.dtype)], 1)
-        return self.depth_decoder(x_NKD)
+        return torch.cat([hidden_ND[:, None], embedded_NKD.to(hidden_ND.dtype)], 1)
 
     def _embed(self, codes_BKT: torch.Tensor) -> torch.Tensor:
         """The sum of the embeddings present at each position, without one [B, T, K, D] tensor."""
@@ -283,27 +307,36 @@ class CsmModel(nn.Module):
 
     def _semantic_nll(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
         def chunk_nll(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(self.lm_head(hidden).float(), target, reduction="none")
+            return _cross_entropy(self.lm_head(hidden), target)
 
         return _by_chunks(chunk_nll, self.config.audio_vocab_size, hidden_ND, target_N)
 
     def _acoustic_nll(self, hidden_ND: torch.Tensor, codes_KN: torch.Tensor) -> torch.Tensor:
-        """[K - 1, N]; the decoder runs over as many frames at a time as its logits allow."""
+        """[K - 1, N]. One pass of the decoder: under FSDP all ranks run each layer equally often."""
 
-        def chunk_nll(hidden: torch.Tensor, codes_NK: torch.Tensor) -> torch.Tensor:
-            logits_KNV = self.depth_logits(hidden, codes_NK.T[:-1])
-            target_KN = codes_NK.T[1:]
-            nll = F.cross_entropy(logits_KNV.float().flatten(0, 1), target_KN.flatten(), reduction="none")
-            return nll.unflatten(0, target_KN.shape).T
+        def chunk_nll(out_NKD: torch.Tensor, target_NK: torch.Tensor) -> torch.Tensor:
+            logits_KNV = self.depth_decoder.codebooks_head(out_NKD.transpose(0, 1))
+            return _cross_entropy(logits_KNV.flatten(0, 1), target_NK.T.flatten()).unflatten(0, target_NK.T.shape).T
 
+        out_NKD = self.depth_decoder.hidden_states(self._depth_inputs(hidden_ND, codes_KN[:-1]))
         per_frame = (self.config.num_codebooks - 1) * self.config.audio_vocab_size
-        return _by_chunks(chunk_nll, per_frame, hidden_ND, codes_KN.T).T
+        return _by_chunks(chunk_nll, per_frame, out_NKD, codes_KN[1:].T).T
 
 
-def _by_chunks(function, logits_per_row: int, *rows: torch.Tensor) -> torch.Tensor:
-    """Apply a function to chunks of rows with at most MAX_LOGITS logits each."""
+def _cross_entropy(logits_NV: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+    """[N] in float32, without a copy of the logits in it where the GPU can do so."""
+    return F.nll_loss(F.log_softmax(logits_NV, -1, dtype=torch.float32), target_N, reduction="none")
+
+
+def _by_chunks(
+    nll: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    logits_per_row: int,
+    hidden: torch.Tensor,
+    target: torch.Tensor,
+) -> torch.Tensor:
+    """Apply heads and loss to chunks of rows with at most MAX_LOGITS logits each."""
     per_chunk = max(1, MAX_LOGITS // logits_per_row)
-    if len(rows[0]) <= per_chunk:
-        return function(*rows)
-    chunks = zip(*(tensor.split(per_chunk) for tensor in rows), strict=True)
-    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
+    if len(hidden) <= per_chunk:
+        return nll(hidden, target)
+    chunks = zip(hidden.split(per_chunk), target.split(per_chunk), strict=True)
+    return torch.cat([checkpoint(nll, *chunk, use_reentrant=False) for chunk in chunks])

@@ -1,0 +1,131 @@
+"""Conversations as their files list them: nothing is opened, measured or decoded yet."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.data.manifest import Recording
+from finetune.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class AudioRef:
+    """Where the audio of a turn is said to lie."""
+
+    path: str
+    """A file as it is written there, or the name of a table whose rows embed audio."""
+    folder: str = ""
+    """What a relative path counts from."""
+    start_sec: float = 0.0
+    end_sec: float | None = None
+    """None: to the end of the file."""
+    channel: int | None = None
+    """None: the mean of all channels."""
+    row: int | None = None
+    """Which row of a table; None where `path` is an audio file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListedTurn:
+    text: str
+    speaker: str
+    audio: AudioRef | None
+    is_trained: bool = True
+    """False where the file's own mask makes the turn context."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListedConversation:
+    turns: tuple[ListedTurn, ...]
+    place: str
+    """Where it is listed, such as `talks.jsonl line 7`."""
+
+
+Entry = ListedConversation | Recording
+"""What a source lists. A Recording is a stereo dialogue whose words lie beside it; they are read later, by threads."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something is written, for messages."""
+
+    key: str
+    name: str
+    folder: str
+
+    def error(self, problem: str) -> UserError:
+        return UserError(f"{self.key}: {self.name}: {problem}")
+
+    def within(self, what: str) -> "Place":
+        return Place(self.key, f"{self.name} {what}", self.folder)
+
+
+def parse_turn(entry: Any, place: Place, default_speaker: str) -> ListedTurn:
+    """A turn or row: `text`, audio under `path`, `audio_path` or `audio`, and optional times and speaker.
+
+    Raises:
+        UserError: something that is there is not what it should be.
+    """
+    if not isinstance(entry, dict):
+        raise place.error(f'not a turn: {entry!r:.80}; write {{"text": "Hello.", "path": "a.wav", "speaker": 0}}')
+    path = next((entry[name] for name in ("path", "audio_path", "audio") if not is_missing(entry.get(name))), None)
+    return ListedTurn(
+        text=parse_text(entry.get("text"), place),
+        speaker=_speaker_of(entry, place, default_speaker),
+        audio=None if path is None else parse_audio(path, entry, place),
+    )
+
+
+def parse_audio(path: Any, times: dict[str, Any], place: Place) -> AudioRef:
+    """Audio at a path, between `start` and `end` (or for `duration` from `start` on) in seconds where given."""
+    if not isinstance(path, str):
+        raise place.error(f"path {path!r:.80} is not text; write the path of an audio file")
+    start_sec = _seconds(times, "start", place)
+    end_sec = _seconds(times, "end", place)
+    if start_sec is not None and end_sec is None:
+        duration_sec = _seconds(times, "duration", place)
+        end_sec = None if duration_sec is None else start_sec + duration_sec
+    return AudioRef(path.removeprefix("file://"), place.folder, start_sec or 0.0, end_sec)
+
+
+def parse_text(value: Any, place: Place) -> str:
+    if not isinstance(value, str):
+        raise place.error(f"text is {value!r:.80}; write the words of the turn as text")
+    return value
+
+
+def parse_speaker(value: Any, place: Place) -> str:
+    """A label as text. Tables with gaps make floats of whole numbers, such as 30.0."""
+    if isinstance(value, str):
+        whole = value.strip().removesuffix(".0")
+        return whole if whole.isdecimal() else value.strip()
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer():
+        return str(int(value))
+    raise place.error(f"speaker is {value!r:.80}; write a number or a name")
+
+
+def _speaker_of(entry: dict[str, Any], place: Place, default: str) -> str:
+    for name in ("speaker", "speaker_id"):
+        if not is_missing(entry.get(name)):
+            return parse_speaker(entry[name], place)
+    return default
+
+
+def _seconds(entry: dict[str, Any], name: str, place: Place) -> float | None:
+    value: Any = entry.get(name)
+    if is_missing(value):
+        return None
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        seconds = float(value)
+    except (TypeError, ValueError) as error:
+        raise place.error(f"{name} is {value!r:.80}; write seconds") from error
+    if not (seconds >= 0 and math.isfinite(seconds)):
+        raise place.error(f"{name} is {value!r:.80}; write seconds from the start of the file")
+    return seconds
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell is empty: None, no text, or pandas' NaN."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))

@@ -1,0 +1,130 @@
+"""Files in folders and on the hub, and one line for whatever the hub may answer."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+
+from finetune.errors import UserError
+
+_NO_ACCESS = (401, 403)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder or a hub repository."""
+
+    address: str
+    key: str
+    """The YAML key that named it, for messages."""
+    fetch: Callable[[str], Path]
+    """The path of a file that must be there."""
+    look: Callable[[str], Path | None]
+    """The path of a file that may be there."""
+
+
+def folder_place(folder: Path, key: str) -> Place:
+    """A local folder."""
+
+    def look(name: str) -> Path | None:
+        return folder / name if (folder / name).is_file() else None
+
+    def fetch(name: str) -> Path:
+        found = look(name)
+        if found is None:
+            raise UserError(f"{key}: {folder}: no {name} in it; give a CSM's whole folder")
+        return found
+
+    return Place(str(folder), key, fetch, look)
+
+
+def hub_place(repo: str, key: str) -> Place:
+    """A repository of the Hugging Face Hub, whose files come into one folder of the cache."""
+
+    def fetch(name: str) -> Path:
+        return from_hub(repo, name, key)
+
+    def look(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repo, name))
+        except EntryNotFoundError as error:
+            if _status(error) in _NO_ACCESS:
+                raise _refusal(repo, key, error) from error
+            return None  # also offline, where nobody can say; what must be there is asked for by `fetch`
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise _refusal(repo, key, error) from error
+
+    return Place(repo, key, fetch, look)
+
+
+def from_hub(repo: str, name: str, key: str) -> Path:
+    """A file of a hub repository.
+
+    Raises:
+        UserError: the hub refuses or cannot be reached; names the key and the remedy.
+    """
+    try:
+        return Path(hf_hub_download(repo, name))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise _refusal(repo, key, error, name) from error
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, which huggingface_hub may have wrapped."""
+    response = getattr(error, "response", None)
+    if response is None and error.__cause__ is not None:
+        return _status(error.__cause__)
+    return getattr(response, "status_code", None)
+
+
+def _refusal(repo: str, key: str, error: Exception, name: str = "its files") -> UserError:
+    """One line for whatever the hub may answer."""
+    if isinstance(error, GatedRepoError) or _status(error) in _NO_ACCESS:
+        remedy = f"accept its terms on https://huggingface.co/{repo} and run `hf auth login`"
+        return UserError(f"{key}: {repo}: the hub gives no access to it; check the name, {remedy}")
+    if isinstance(error, HFValidationError):
+        return UserError(f"{key}: {repo!r} is neither a hub repo nor a folder; a local folder goes to model.path")
+    if isinstance(error, LocalEntryNotFoundError):
+        remedy = "check the network, or download the files and set model.path"
+        return UserError(f"{key}: {repo}: the hub cannot be reached and {name} is not cached; {remedy}")
+    if isinstance(error, EntryNotFoundError):
+        return UserError(f"{key}: {repo}: no {name} in it; is it a CSM?")
+    if isinstance(error, HfHubHTTPError):
+        reason = str(error).strip().splitlines()[-1]
+        return UserError(f"{key}: {repo}: the hub refuses ({reason}); check the name")
+    remedy = "check the network, or download the files and set model.path"
+    return UserError(f"{key}: {repo}: cannot be fetched ({error}); {remedy}")
+
+
+def single_file(value: str, key: str) -> Path:
+    """A local path, or `hf://owner/repo/file`."""
+    if value.startswith("hf://"):
+        owner, repo, name = [*value.removeprefix("hf://").split("/", 2), "", ""][:3]
+        if not name:
+            raise UserError(f"{key}: {value}: names no file; write hf://owner/repo/file")
+        return from_hub(f"{owner}/{repo}", name, key)
+    if not Path(value).is_file():
+        raise UserError(f"{key}: {value}: no such file")
+    return Path(value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object's file, or a UserError that names it."""
+    remedy = "mend it or download it again"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: {path}: cannot be read as JSON ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"model: {path}: holds no JSON object; {remedy}")
+    return value

@@ -1,0 +1,167 @@
+"""Speak texts with a model: a run's, an exported one, or one from the hub.
+
+    python -m finetune.generate runs/mine --text "Good morning." --output morning.wav
+
+SOURCE is a run's folder (its best checkpoint is taken, or the newest), a model's folder, or a hub repository. Several
+`--text` are spoken at once, each into its own file. `--context-audio` gives the voice to speak in.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sphn
+import torch
+from torch import nn
+
+from finetune import args as configuration
+from finetune.data.audio import read_header, read_span
+from finetune.data.types import SAMPLE_RATE_HZ, BadRecording, Turn
+from finetune.errors import UserError
+from finetune.families import args_class, family_class
+from finetune.families.base import Family, Line, SpeechChunk
+from finetune.judge import judge
+from finetune.lora import merge_into
+from finetune.parallel import compute_dtype, materialize, set_param_dtypes
+from finetune.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What was said for one line."""
+
+    wav_S: np.ndarray
+    """Mono float32 at 24 kHz."""
+    ended: bool
+    """Whether the model ended by itself; otherwise it was cut off."""
+
+
+def stream(
+    family: Family, model: nn.Module, lines: Sequence[Line], sampling: Sampling, max_sec: float
+) -> Iterator[SpeechChunk]:
+    """The lines spoken side by side, a frame at a time as they are made."""
+    return family.speak(model, lines, sampling, max_sec)
+
+
+def speak(family: Family, model: nn.Module, lines: Sequence[Line], sampling: Sampling, max_sec: float) -> list[Speech]:
+    """All of what `stream` gives, by line."""
+    pieces: list[list[np.ndarray]] = [[] for _ in lines]
+    ended = [False] * len(lines)
+    for chunk in stream(family, model, lines, sampling, max_sec):
+        ended = list(chunk.ended)
+        for piece, wav_S in zip(pieces, chunk.wavs, strict=True):
+            piece.append(wav_S)
+    nothing = np.zeros(0, dtype=np.float32)
+    return [Speech(np.concatenate([nothing, *piece]), end) for piece, end in zip(pieces, ended, strict=True)]
+
+
+def read_context(path: Path, text: str, speaker: str) -> Turn:
+    """A clip whose voice is to be spoken in, with what is said in it.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        wav_CS = read_span(path, 0, read_header(path).num_samples)
+    except BadRecording as problem:
+        raise UserError(f"generate.context_audio: {path}: {problem}") from problem
+    return Turn(text, speaker, wav_CS.mean(0), is_trained=False)
+
+
+def open_model(source: str, checkpoint: str | None, family_name: str, device: torch.device) -> tuple[Family, nn.Module]:
+    """The family and the model, with adapters merged, of a run, a model's folder or a hub repository.
+
+    Raises:
+        UserError: there is no such thing, or the family does not speak texts.
+    """
+    section, folder = _describe(Path(source), source, checkpoint, family_name)
+    adapter = folder if folder is not None and (folder / "adapter_config.json").exists() else None
+    if folder is not None and adapter is None:
+        section = replace(section, path=str(folder), architecture=None)
+    family = family_class(section.family)(section, device)
+    if not family.can_speak:
+        raise UserError(f"{source}: the family {section.family} does not speak texts; moshi.run_inference talks to it")
+    dtype = compute_dtype("auto", device)
+    model = family.create(torch.device("meta"))
+    set_param_dtypes(model, [], family.exact_modules(model), dtype)
+    materialize(model, family.weights(), device, seed=0)
+    if adapter is not None:
+        settings, tensors = family.read_adapter(adapter)
+        merge_into(model, tensors, settings.scaling)
+    return family, model.eval()
+
+
+def _describe(path: Path, source: str, checkpoint: str | None, family_name: str) -> tuple[Any, Path | None]:
+    """The model section, and the folder of the weights where that is not the section's own."""
+    if (path / "args.yaml").exists():
+        args = configuration.load(path / "args.yaml", {}, args_class)
+        return args.model, _consolidated(path, checkpoint)
+    if checkpoint is not None:
+        raise UserError(f"--checkpoint: {source} is not a run's folder (no args.yaml in it); leave --checkpoint out")
+    where = {"path": source} if path.is_dir() else {"hf_repo_id": source}
+    return args_class(family_name)(**where), None
+
+
+def _consolidated(run_dir: Path, checkpoint: str | None) -> Path:
+    """The folder of the checkpoint asked for, else of the best one, else of the newest."""
+    checkpoints = run_dir / "checkpoints"
+    saved = sorted(checkpoints.glob("checkpoint_*"), key=lambda each: int(each.name.split("_")[1]))
+    for chosen in [checkpoints / checkpoint] if checkpoint else [checkpoints / "best", *reversed(saved)]:
+        if (chosen / "consolidated").is_dir():
+            return chosen / "consolidated"
+    names = ", ".join(each.name for each in saved) or "none"
+    raise UserError(f"{run_dir}: no checkpoint {checkpoint or ''} in it (there are: {names}); train with do_ckpt: true")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="run folder, model folder or hub repository")
+    parser.add_argument("--text", action="append", required=True, help="what to say; give it several times for several")
+    parser.add_argument("--output", type=Path, default=Path("speech.wav"), help="a WAV file; several are numbered")
+    parser.add_argument("--checkpoint", help="name of a run's checkpoint, such as checkpoint_000100")
+    parser.add_argument("--family", default="csm", help="of a model folder or a repository")
+    parser.add_argument("--speaker", default="0")
+    parser.add_argument("--context-audio", type=Path, help="a clip of the voice to speak in")
+    parser.add_argument("--context-text", default="", help="what is said in it")
+    parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=Sampling.top_k, help="0 is all")
+    parser.add_argument("--top-p", type=float, default=Sampling.top_p)
+    parser.add_argument("--seed", type=int, default=Sampling.seed)
+    parser.add_argument("--max-sec", type=float, default=20.0, help="longest speech in seconds")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Speak what the command line says, and tell what came of it."""
+    try:
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    except ValueError as error:
+        raise UserError(f"--{str(error).replace('_', '-', 1)}") from error
+    context = [read_context(args.context_audio, args.context_text, args.speaker)] if args.context_audio else []
+    family, model = open_model(args.source, args.checkpoint, args.family, torch.device(args.device))
+    lines = [Line(text, args.speaker, context) for text in args.text]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for number, speech in enumerate(speak(family, model, lines, sampling, args.max_sec), 1):
+        output = args.output if len(lines) == 1 else args.output.with_stem(f"{args.output.stem}_{number}")
+        sphn.write_wav(str(output), speech.wav_S, SAMPLE_RATE_HZ)
+        figures = judge(speech.wav_S, speech.ended)
+        how = "ended by itself" if speech.ended else "cut off"
+        print(f"{output}: {figures['length_sec']:.2f} s, {figures['silent_share']:.0%} silent, {how}")
+
+
+def main() -> int:
+    try:
+        run(parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

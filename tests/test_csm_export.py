@@ -1,0 +1,458 @@
+"""What leaves CSM training loads in transformers, torchtune's Sesame model and peft, and gives the same numbers there."""
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import sphn
+import torch
+from moshi.models import loaders
+from moshi.modules.transformer import set_attention_context
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from conftest import CPU, QUICKSTART
+from finetune.args import LoraArgs
+from finetune.errors import UserError
+from finetune.families.base import Adapter
+from finetune.families.csm import codec_names
+from finetune.families.csm.config import CsmConfig, TransformerConfig
+from finetune.families.csm.export import read_adapter, write_adapter, write_csm_hf, write_sesame, write_transformers
+from finetune.families.csm.files import find_companions, find_files, load_mimi, open_weights, read_state
+from finetune.families.csm.layouts import to_layout
+from finetune.families.csm.model import CsmModel
+from finetune.families.csm.text import TurnTokenizer
+from finetune.lora import add_adapters, merge_into
+
+transformers = pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
+
+MIMI, MIMI_CONFIG = QUICKSTART / "tiny_mimi.safetensors", QUICKSTART / "tiny_mimi_config.json"
+TINY = CsmConfig(512, 515, 4, TransformerConfig(64, 96, 2, 4, 2), TransformerConfig(32, 64, 2, 4, 2))
+AUDIO_TABLE = "backbone_model.embed_tokens.embed_audio_tokens.weight"
+FRAME = 1920
+
+
+@dataclass
+class Paths:
+    """The part of the configuration that says where files are."""
+
+    path: str | None = None
+    hf_repo_id: str | None = None
+    mimi_path: str | None = str(MIMI)
+    mimi_config_path: str | None = str(MIMI_CONFIG)
+    tokenizer_path: str | None = str(QUICKSTART / "tokenizer.json")
+    text_template: str = "[{speaker}]{text}"
+    bos_token: str = "<|begin_of_text|>"
+    eos_token: str = "<|end_of_text|>"
+
+
+@pytest.fixture(scope="module")
+def model() -> CsmModel:
+    torch.manual_seed(0)
+    return CsmModel(TINY).eval()
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory) -> Path:
+    """The model in transformers' layout."""
+    folder = tmp_path_factory.mktemp("exported")
+    companions = find_companions(Paths())
+    write_transformers(folder, model.state_dict(), TINY, load_mimi(companions, 4, CPU), companions)
+    return folder
+
+
+@pytest.fixture
+def theirs(exported):
+    return transformers.CsmForConditionalGeneration.from_pretrained(exported).eval()
+
+
+@pytest.fixture(scope="module")
+def speech() -> torch.Tensor:
+    """Some seconds [1, 1, S] of whole frames."""
+    wav_CS, rate = sphn.read(sorted((QUICKSTART / "dialogues" / "audio").glob("*.flac"))[0])
+    assert rate == 24_000
+    return torch.from_numpy(wav_CS)[None, :1, : 60 * FRAME]
+
+
+def random_codes(num_frames: int = 12) -> torch.Tensor:
+    """Codes [2, 1 + K, T] of audio alone."""
+    codes_BKT = torch.randint(0, TINY.audio_vocab_size, (2, 1 + TINY.num_codebooks, num_frames))
+    codes_BKT[:, 0] = -1
+    return codes_BKT
+
+
+@torch.no_grad()
+def logits_of(model: CsmModel, codes_BKT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the first codebook [B, T, V], and of the others at frame 5 [B, K - 1, V]."""
+    hidden_BTD = model.hidden_states(codes_BKT, torch.arange(codes_BKT.shape[-1]).expand(len(codes_BKT), -1))
+    depth_KBV = model.depth_logits(hidden_BTD[:, 4], codes_BKT[:, 1:-1, 5].T)
+    return model.lm_head(hidden_BTD), depth_KBV.transpose(0, 1)
+
+
+@torch.no_grad()
+def their_logits(theirs, codes_BKT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    out = theirs(input_ids=codes_BKT[:, 1:].transpose(1, 2), output_hidden_states=True)
+    frame_BK = codes_BKT[:, 1:, 5]
+    shifted_BK = torch.cat([torch.zeros_like(frame_BK[:, :1]), frame_BK[:, :-1]], 1)
+    depth = theirs.depth_decoder(input_ids=shifted_BK, backbone_last_hidden_state=out.hidden_states[-1][:, 4])
+    return out.logits, depth.logits
+
+
+def assert_same(ours, expected, tolerance: float = 1e-4) -> None:
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def assert_equal_states(one, other) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+# The codec
+
+
+def codec_of(which: str) -> tuple[dict, loaders.MimiModel]:
+    if which == "tiny":
+        config = json.loads(MIMI_CONFIG.read_text())
+        return config, loaders.get_mimi(MIMI, config, num_codebooks=16)
+    return codec_names.MIMI_CONFIG, loaders.get_mimi(None, num_codebooks=32)
+
+
+@pytest.mark.parametrize("which", ["tiny", "kyutai"])
+def test_the_codec_has_their_names_and_comes_back_whole(which):
+    config, mimi = codec_of(which)
+    state, num_heads = mimi.state_dict(), config["transformer"]["num_heads"]
+    for tensor in state.values():
+        tensor.normal_()
+    codec_config = codec_names.to_codec_config(config, mimi.num_codebooks)
+    there = codec_names.to_transformers(state, num_heads, mimi.num_codebooks)
+    with torch.device("meta"):
+        theirs = transformers.MimiModel(transformers.MimiConfig.from_dict(codec_config)).state_dict()
+    if transformers.__version__.startswith("4."):  # version 5 renames while it loads
+        assert {name: tensor.shape for name, tensor in there.items()} == {n: t.shape for n, t in theirs.items()}
+    assert_equal_states(codec_names.from_transformers(there, state, num_heads), state)
+    assert codec_names.from_codec_config(codec_config) == config
+
+
+def test_the_default_codec_is_transformers_own():
+    written = codec_names.to_codec_config(codec_names.MIMI_CONFIG, 32)
+    default = transformers.MimiConfig().to_dict()
+    common = written.keys() & default.keys() - {"architectures"}
+    assert len(common) >= 28
+    assert {key: written[key] for key in common} == {key: default[key] for key in common}
+
+
+def test_codes_and_waveforms_equal_moshis(exported, theirs, speech):
+    mimi = load_mimi(find_companions(Paths()), 4, CPU)
+    if transformers.__version__.startswith("4."):
+        # Version 4 masks nothing but the future; moshi and version 5 look back over 32 positions, 16 frames.
+        set_attention_context(mimi, None)
+    with torch.no_grad():
+        codes_BKT = mimi.encode(speech)
+        their_codes_BKT = theirs.codec_model.encode(speech).audio_codes
+        wav, their_wav = mimi.decode(codes_BKT), theirs.codec_model.decode(codes_BKT).audio_values
+    assert len(codes_BKT.unique()) > 100
+    assert (codes_BKT == their_codes_BKT).float().mean() > 0.999
+    torch.testing.assert_close(wav, their_wav, rtol=1e-5, atol=1e-5)
+
+
+def test_within_the_window_nothing_differs(theirs, speech):
+    mimi = load_mimi(find_companions(Paths()), 4, CPU)
+    with torch.no_grad():
+        codes_BKT, their_codes_BKT = mimi.encode(speech), theirs.codec_model.encode(speech).audio_codes
+    assert torch.equal(codes_BKT[..., :16], their_codes_BKT[..., :16])
+
+
+def test_codecs_that_transformers_lacks_are_refused():
+    config = json.loads(MIMI_CONFIG.read_text())
+    config["transformer"]["gating"] = "silu"
+    with pytest.raises(UserError, match="transformer.gating: silu.*export_layout"):
+        codec_names.to_codec_config(config, 4)
+
+
+# transformers
+
+
+def test_transformers_loads_the_folder_with_nothing_missing(exported, model, caplog, recwarn):
+    theirs, report = transformers.CsmForConditionalGeneration.from_pretrained(exported, output_loading_info=True)
+    assert not any(report.values()), report
+    assert [str(warning.message) for warning in recwarn if "rope" in str(warning.message).lower()] == []
+    assert "rope" not in caplog.text.lower()
+    assert theirs.generation_config.temperature == theirs.depth_decoder.generation_config.temperature == 0.9
+    assert theirs.generation_config.suppress_tokens == [512, 513, 514]
+    codes_BKT = random_codes()
+    assert_same(their_logits(theirs.eval(), codes_BKT), logits_of(model, codes_BKT))
+
+
+def turn_codes(tokenizer: TurnTokenizer, speaker: str, text: str, audio_KT: torch.Tensor | None) -> torch.Tensor:
+    ids = tokenizer.encode(speaker, text)
+    codes_KT = torch.full((1 + TINY.num_codebooks, len(ids)), -1)
+    codes_KT[0] = torch.tensor(ids)
+    if audio_KT is None:
+        return codes_KT
+    audio_KT = nn.functional.pad(nn.functional.pad(audio_KT, (0, 1)), (0, 0, 1, 0), value=-1)
+    return torch.cat([codes_KT, audio_KT], 1)
+
+
+def test_the_processor_writes_turns_as_training_does(exported, theirs, model, speech):
+    """From messages to logits, text and audio: all of the export at once."""
+    processor = transformers.AutoProcessor.from_pretrained(exported)
+    wav = speech[..., : 12 * FRAME]
+    messages = [
+        {"role": "0", "content": [{"type": "text", "text": "Hello there."}, {"type": "audio", "path": wav[0, 0].numpy()}]},
+        {"role": "1", "content": [{"type": "text", "text": "Good day, it's\nfine: {ok}"}]},
+    ]
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+    companions = find_companions(Paths())
+    tokenizer = TurnTokenizer(
+        companions.tokenizer_path, companions.text_template, companions.bos_token, companions.eos_token
+    )
+    mimi = load_mimi(companions, 4, CPU)
+    with torch.no_grad():
+        codes_KT = torch.cat(
+            [
+                turn_codes(tokenizer, "0", "Hello there.", mimi.encode(wav)[0]),
+                turn_codes(tokenizer, "1", "Good day, it's\nfine: {ok}", None),
+            ],
+            1,
+        )
+        hidden = model.hidden_states(codes_KT[None], torch.arange(codes_KT.shape[1])[None])
+        assert_same([theirs(**inputs).logits], [model.lm_head(hidden)])
+    alone = processor("[0]Hello", add_special_tokens=True)["input_ids"]
+    assert alone.tolist() == [tokenizer.encode("0", "Hello")]
+
+
+def test_the_export_speaks(exported, theirs):
+    processor = transformers.AutoProcessor.from_pretrained(exported)
+    inputs = processor("[0]Hello.", add_special_tokens=True)
+    (wav,) = theirs.generate(**inputs, output_audio=True, max_new_tokens=5)
+    assert wav.shape[-1] % FRAME == 0
+    assert len(wav) > 0
+
+
+def test_an_export_trains_on_with_nothing_else(exported, model, speech, tmp_path):
+    """Codec, tokenizer and processor come from the folder alone, and go on into the next export."""
+    paths = Paths(str(exported), mimi_path=None, mimi_config_path=None, tokenizer_path=None)
+    files = find_files(paths)
+    assert (files.config, files.layout) == (TINY, "transformers")
+    assert_equal_states(read_state(files), model.state_dict())
+    mimi, original = load_mimi(files, 4, CPU), load_mimi(find_companions(Paths()), 4, CPU)
+    with torch.no_grad():
+        assert torch.equal(mimi.encode(speech), original.encode(speech))
+    write_transformers(tmp_path, read_state(files), files.config, mimi, files)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        path.name: path.read_bytes() for path in exported.iterdir()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_transformers_saves_is_read(exported, model, tmp_path, dtype):
+    theirs = transformers.CsmForConditionalGeneration.from_pretrained(exported, dtype=dtype)
+    theirs.save_pretrained(tmp_path, max_shard_size="300KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    files = find_files(Paths(str(tmp_path), mimi_path=None, mimi_config_path=None))
+    assert files.config == TINY
+    assert_equal_states(read_state(files), {name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
+    assert load_mimi(files, 4, CPU).num_codebooks == 4
+
+
+def edited_tokenizer(folder: Path, change: Callable[[dict], None]) -> Path:
+    content = json.loads((QUICKSTART / "tokenizer.json").read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder / "tokenizer.json"
+
+
+def rename_as_llama(content: dict) -> None:
+    """Llama 3's tokenizer has no names for audio, but tokens to spare."""
+    for one in content["added_tokens"][2:]:
+        one["content"] = f"<|reserved_special_token_{one['id'] - 510}|>"
+
+
+def drop_spare(content: dict) -> None:
+    del content["added_tokens"][2:]
+
+
+@pytest.mark.parametrize(("change", "ids"), [(rename_as_llama, [510, 511]), (drop_spare, [510, 511])])
+def test_a_tokenizer_without_audio_gets_it(model, tmp_path, change, ids):
+    (tmp_path / "base").mkdir()
+    own_turns = {"text_template": "<{speaker}> {text}", "bos_token": "<|end_of_text|>", "eos_token": "<|begin_of_text|>"}
+    paths = Paths(tokenizer_path=str(edited_tokenizer(tmp_path / "base", change)), **own_turns)
+    companions = find_companions(paths)
+    write_transformers(tmp_path, model.state_dict(), TINY, load_mimi(companions, 4, CPU), companions)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert [config["audio_token_id"], config["audio_eos_token_id"]] == ids
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    content = [{"type": "text", "text": "Hi"}, {"type": "audio"}]
+    text = processor.apply_chat_template([{"role": "5", "content": content}])
+    assert text == "<|end_of_text|><5> Hi<|begin_of_text|><|AUDIO|><|audio_eos|>"
+    assert processor.tokenizer.convert_tokens_to_ids(["<|AUDIO|>", "<|audio_eos|>"]) == ids
+
+
+def test_no_room_for_audio_is_said_and_the_model_saved(model, tmp_path, caplog):
+    (tmp_path / "base").mkdir()
+    companions = find_companions(Paths(tokenizer_path=str(edited_tokenizer(tmp_path / "base", drop_spare))))
+    config = replace(TINY, text_vocab_size=510)
+    state = CsmModel(config).state_dict()
+    write_transformers(tmp_path, state, config, load_mimi(companions, 4, CPU), companions)
+    assert "leaves none for <|AUDIO|>" in caplog.text
+    assert transformers.CsmForConditionalGeneration.from_pretrained(tmp_path).config.audio_token_id is None
+
+
+# Sesame and csm-hf
+
+
+@pytest.mark.parametrize("layout", ["sesame", "csm_hf", "ckpt"])
+def test_rows_of_every_layout(model, tmp_path, layout):
+    """A rank reads its rows alone, also where they start inside a head."""
+    state = model.state_dict()
+    if layout == "csm_hf":
+        write_csm_hf(tmp_path, state, TINY)
+    else:
+        write_sesame(tmp_path, state, TINY)
+    if layout == "ckpt":
+        torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "ckpt.pt")
+        (tmp_path / "model.safetensors").unlink()
+    files = find_files(Paths(str(tmp_path)))
+    assert (files.config, files.layout) == (TINY, layout.replace("ckpt", "sesame"))
+    with ExitStack() as opened:
+        weights = open_weights(files, opened)
+        assert weights.names == state.keys()
+        for name, tensor in state.items():
+            for start, stop in [(0, len(tensor)), (3, len(tensor) - 5), (7, 8), (2, 2)]:
+                assert torch.equal(weights.read(name, start, stop), tensor[start:stop]), name
+
+
+def test_csm_1b_has_sesames_own_config(tmp_path):
+    write_sesame(tmp_path, {}, CsmConfig())
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "text_vocab_size": 128_256,
+        "audio_vocab_size": 2051,
+        "audio_num_codebooks": 32,
+        "backbone_flavor": "llama-1B",
+        "decoder_flavor": "llama-100M",
+    }
+
+
+class SesameModel(nn.Module):
+    """What SesameAILabs/csm `models.py` builds of torchtune's parts, as far as logits go."""
+
+    def __init__(self, config: CsmConfig):
+        super().__init__()
+        self.config = config
+        self.backbone, self.decoder = torchtune_llama(config.backbone, 64), torchtune_llama(config.decoder, 32)
+        width, depth_width = config.backbone.hidden_size, config.decoder.hidden_size
+        self.text_embeddings = nn.Embedding(config.text_vocab_size, width)
+        self.audio_embeddings = nn.Embedding(config.audio_vocab_size * config.num_codebooks, width)
+        self.projection = nn.Linear(width, depth_width, bias=False)
+        self.codebook0_head = nn.Linear(width, config.audio_vocab_size, bias=False)
+        self.audio_head = nn.Parameter(torch.empty(config.num_codebooks - 1, depth_width, config.audio_vocab_size))
+
+    def logits(self, codes_BKT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        offsets_K = torch.arange(self.config.num_codebooks) * self.config.audio_vocab_size
+        embedded_BTKD = self.audio_embeddings(codes_BKT[:, 1:].transpose(1, 2) + offsets_K)
+        hidden_BTD = run_causally(self.backbone, embedded_BTKD.sum(2))
+        depth_BKD = torch.cat([hidden_BTD[:, 4:5], embedded_BTKD[:, 5, :-1]], 1)
+        out_BKD = run_causally(self.decoder, self.projection(depth_BKD))
+        return self.codebook0_head(hidden_BTD), torch.einsum("bkd,kdv->bkv", out_BKD[:, 1:], self.audio_head)
+
+
+def torchtune_llama(sizes: TransformerConfig, max_positions: int) -> nn.Module:
+    llama3_2 = pytest.importorskip("torchtune.models.llama3_2", reason="torchtune is not installed")
+    llama = llama3_2.llama3_2(
+        vocab_size=8,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        embed_dim=sizes.hidden_size,
+        max_seq_len=max_positions,
+        intermediate_dim=sizes.intermediate_size,
+        norm_eps=sizes.norm_eps,
+        rope_base=int(sizes.rope_base),
+        scale_factor=32,
+    )
+    llama.tok_embeddings = nn.Identity()
+    llama.output = nn.Identity()
+    return llama
+
+
+def run_causally(llama: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
+    num_positions = x_BTD.shape[1]
+    mask_BTT = torch.ones(num_positions, num_positions, dtype=torch.bool).tril().expand(len(x_BTD), -1, -1)
+    return llama(x_BTD, mask=mask_BTT, input_pos=torch.arange(num_positions).expand(len(x_BTD), -1))
+
+
+@pytest.mark.slow
+def test_sesames_model_of_torchtune_gives_the_same_logits(model, tmp_path):
+    theirs = SesameModel(TINY)
+    write_sesame(tmp_path, model.state_dict(), TINY)
+    theirs.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    codes_BKT = random_codes()
+    with torch.no_grad():
+        assert_same(theirs.logits(codes_BKT), logits_of(model, codes_BKT))
+
+
+# Adapters
+
+
+def trained_adapter(model: CsmModel, args: LoraArgs, inside: list[str] | None, tables: bool) -> dict[str, torch.Tensor]:
+    """What training would hand over: adapters on some parts, with weights that do something, and perhaps tables."""
+    copy = CsmModel(TINY)
+    copy.load_state_dict(model.state_dict())
+    add_adapters(copy, args, None if inside is None else [copy.get_submodule(name) for name in inside])
+    tensors = {name: torch.randn_like(p) * 0.1 for name, p in copy.named_parameters() if ".lora_" in name}
+    if tables:
+        for table in ("embed_text_tokens.weight", AUDIO_TABLE):
+            tensors[table] = copy.get_parameter(table).detach() + 0.5 * torch.randn_like(copy.get_parameter(table))
+    return tensors
+
+
+CASES = {
+    "all": (LoraArgs(rank=4, alpha=6.0), None, False),
+    "decoder": (LoraArgs(rank=4, scaling=2.0, dropout=0.1), ["depth_decoder"], False),
+    "backbone": (LoraArgs(rank=2, scaling=1.0), ["backbone_model", "lm_head"], False),
+    "rslora": (LoraArgs(rank=8, alpha=8.0, rslora=True), None, False),
+    "tables": (LoraArgs(rank=4), None, True),
+    "decoder and tables": (LoraArgs(rank=4), ["depth_decoder"], True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_loads_the_adapter_and_agrees(exported, theirs, model, tmp_path, case):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    args, inside, tables = CASES[case]
+    tensors = trained_adapter(model, args, inside, tables)
+    files = find_files(Paths(str(exported)))
+    adapter = Adapter(args.rank, args.scaling, args.dropout, args.rslora)
+    write_adapter(tmp_path, tensors, adapter, files)
+    merged = CsmModel(TINY).eval()
+    merged.load_state_dict(model.state_dict())
+    merge_into(merged, tensors, args.scaling)
+    codes_BKT = random_codes()
+    expected = logits_of(merged, codes_BKT)
+    assert (expected[1] - logits_of(model, codes_BKT)[1]).abs().max() > 0.05  # the adapter does something
+
+    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    assert_same(their_logits(adapted.get_base_model(), codes_BKT), expected, 1e-5)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    wanted = {name for name in linears if inside is None or name.startswith(tuple(inside))}
+    names = {name for name, _ in theirs.named_modules() if name.endswith(".lora_A")}
+    assert {name.removesuffix(".lora_A") for name in names} == wanted
+    assert_same(their_logits(adapted.merge_and_unload(), codes_BKT), expected, 1e-5)
+    assert transformers.AutoProcessor.from_pretrained(tmp_path).audio_token_id == 510
+    again, read = read_adapter(tmp_path)
+    assert again == adapter
+    assert_equal_states(read, tensors)
+
+
+def test_adapters_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no adapter_config.json"):
+        read_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOHA"}))
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="LOHA"):
+        read_adapter(tmp_path)
