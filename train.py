@@ -59,7 +59,7 @@ def train(args: TrainArgs) -> None:
         for step in range(1, args.max_steps + 1):
             is_last = step == args.max_steps
             microbatches = [next(batches) for _ in range(args.num_microbatches)]
-            lr = schedule.get_last_lr()[0]
+            lr = float(schedule.get_last_lr()[0])
             accumulate_gradients(model, family, microbatches, loss_scale.value, meter, device)
             norm = update(parameters, optimizer, loss_scale, args.max_norm)
             schedule.step()

@@ -2,11 +2,12 @@
 
     python -m finetune.generate runs/mine --text "Good morning." --output morning.wav
 
-SOURCE is a run's folder (its best checkpoint is taken, or the newest), a model's folder, or a hub repository. Several
-`--text` are spoken at once, each into its own file. `--context-audio` gives the voice to speak in.
+SOURCE is a run's folder (its best checkpoint is taken, or the newest), an adapter's or a model's folder, or a hub
+repository. Several `--text` are spoken at once, each into its own file. `--context-audio` gives the voice to speak in.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,9 @@ from finetune.judge import judge
 from finetune.lora import merge_into
 from finetune.parallel import compute_dtype, materialize, set_param_dtypes
 from finetune.sampling import Sampling
+
+# peft's; it names the base.
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -72,22 +76,28 @@ def read_context(path: Path, text: str, speaker: str) -> Turn:
     return Turn(text, speaker, wav_CS.mean(0), is_trained=False)
 
 
-def open_model(source: str, checkpoint: str | None, family_name: str, device: torch.device) -> tuple[Family, nn.Module]:
-    """The family and the model, with adapters merged, of a run, a model's folder or a hub repository.
+def open_model(
+    source: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    checkpoint: str | None = None,
+    family_name: str = "csm",
+) -> tuple[Family, nn.Module]:
+    """The family and the model, with adapters merged, of a run, an adapter, a model's folder or a hub repository.
+
+    Args:
+        dtype: of the weights; default: what the device computes best in.
+        checkpoint: of a run; default: the best one, or the newest.
+        family_name: of what is not a run.
 
     Raises:
-        UserError: there is no such thing, or the family does not speak texts.
+        UserError: there is no such thing.
     """
-    section, folder = _describe(Path(source), source, checkpoint, family_name)
-    adapter = folder if folder is not None and (folder / "adapter_config.json").exists() else None
-    if folder is not None and adapter is None:
-        section = replace(section, path=str(folder), architecture=None)
+    section, adapter = _describe(Path(source), source, checkpoint, family_name)
     family = family_class(section.family)(section, device)
-    if not family.can_speak:
-        raise UserError(f"{source}: the family {section.family} does not speak texts; moshi.run_inference talks to it")
-    dtype = compute_dtype("auto", device)
     model = family.create(torch.device("meta"))
-    set_param_dtypes(model, [], family.exact_modules(model), dtype)
+    set_param_dtypes(model, [], family.exact_modules(model), dtype or compute_dtype("auto", device))
     materialize(model, family.weights(), device, seed=0)
     if adapter is not None:
         settings, tensors = family.read_adapter(adapter)
@@ -96,14 +106,18 @@ def open_model(source: str, checkpoint: str | None, family_name: str, device: to
 
 
 def _describe(path: Path, source: str, checkpoint: str | None, family_name: str) -> tuple[Any, Path | None]:
-    """The model section, and the folder of the weights where that is not the section's own."""
+    """The model section that leads to the weights, and the folder of an adapter to be merged into them."""
     if (path / "args.yaml").exists():
-        args = configuration.load(path / "args.yaml", {}, args_class)
-        return args.model, _consolidated(path, checkpoint)
+        section = configuration.load(path / "args.yaml", {}, args_class).model
+        folder = _consolidated(path, checkpoint)
+        if (folder / ADAPTER_CONFIG).exists():
+            return section, folder
+        return replace(section, path=str(folder), architecture=None), None
     if checkpoint is not None:
         raise UserError(f"--checkpoint: {source} is not a run's folder (no args.yaml in it); leave --checkpoint out")
-    where = {"path": source} if path.is_dir() else {"hf_repo_id": source}
-    return args_class(family_name)(**where), None
+    adapter = path if (path / ADAPTER_CONFIG).exists() else None
+    base = json.loads((path / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] if adapter else source
+    return args_class(family_name)(**({"path": base} if Path(base).exists() else {"hf_repo_id": base})), adapter
 
 
 def _consolidated(run_dir: Path, checkpoint: str | None) -> Path:
@@ -119,7 +133,7 @@ def _consolidated(run_dir: Path, checkpoint: str | None) -> Path:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="run folder, model folder or hub repository")
+    parser.add_argument("source", help="folder of a run, an adapter or a model, or hub repository")
     parser.add_argument("--text", action="append", required=True, help="what to say; give it several times for several")
     parser.add_argument("--output", type=Path, default=Path("speech.wav"), help="a WAV file; several are numbered")
     parser.add_argument("--checkpoint", help="name of a run's checkpoint, such as checkpoint_000100")
@@ -143,7 +157,12 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from error
     context = [read_context(args.context_audio, args.context_text, args.speaker)] if args.context_audio else []
-    family, model = open_model(args.source, args.checkpoint, args.family, torch.device(args.device))
+    device = torch.device(args.device)
+    family, model = open_model(args.source, device=device, checkpoint=args.checkpoint, family_name=args.family)
+    if not family.can_speak:
+        raise UserError(
+            f"{args.source}: its family does not speak texts; use moshi.run_inference"
+        )
     lines = [Line(text, args.speaker, context) for text in args.text]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for number, speech in enumerate(speak(family, model, lines, sampling, args.max_sec), 1):

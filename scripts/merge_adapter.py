@@ -1,8 +1,8 @@
-"""Merge a saved Moshi adapter into its base: `python scripts/merge_adapter.py CONSOLIDATED --output FOLDER`.
+"""Merge a saved adapter into its base: `python scripts/merge_adapter.py CONSOLIDATED --output FOLDER`.
 
-CONSOLIDATED is the folder with `lora.safetensors` and `config.json`. The result loads with `--moshi-weight`, and
-training can start from it (`model.path`). moshi merges in float32; the sum is rounded once, to `--dtype`. Main
-memory: about 6 bytes per parameter.
+CONSOLIDATED is the folder that a run wrote: Moshi's with `lora.safetensors` and `config.json`, or CSM's with
+`adapter_config.json`. The result loads where a whole model does, and training can start from it (`model.path`). Sums
+are made in float32 and rounded once, to `--dtype`. Main memory: about 6 bytes per parameter.
 """
 
 import argparse
@@ -14,10 +14,19 @@ import torch
 from moshi.models.loaders import CheckpointInfo
 from safetensors.torch import save_file
 
+from finetune.errors import UserError
 from finetune.families.moshi import ADAPTER_FILE, MERGED_FILE
+from finetune.generate import ADAPTER_CONFIG, open_model
 
 
-def merge(consolidated: Path, output: Path, dtype: torch.dtype) -> None:
+def merge_csm(consolidated: Path, output: Path, dtype: torch.dtype) -> None:
+    """Write a model's folder in transformers' layout."""
+    family, model = open_model(str(consolidated), device=torch.device("cpu"), dtype=torch.float32)
+    output.mkdir(parents=True, exist_ok=True)
+    family.export(output, {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}, None)
+
+
+def merge_moshi(consolidated: Path, output: Path, dtype: torch.dtype) -> None:
     """Write `output/consolidated.safetensors` and its config.json."""
     config = json.loads((consolidated / "config.json").read_text())
     info = CheckpointInfo.from_hf_repo(
@@ -39,13 +48,17 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of the merged model")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     args = parser.parse_args()
-    for name in (ADAPTER_FILE, "config.json"):
-        if not (args.consolidated / name).is_file():
-            print(
-                f"error: {args.consolidated}: no {name} in it; give a checkpoint's consolidated folder", file=sys.stderr
-            )
-            return 2
-    merge(args.consolidated, args.output, getattr(torch, args.dtype))
+    merges = {ADAPTER_CONFIG: merge_csm, ADAPTER_FILE: merge_moshi}
+    merge = next((merge for name, merge in merges.items() if (args.consolidated / name).is_file()), None)
+    if merge is None or (merge is merge_moshi and not (args.consolidated / "config.json").is_file()):
+        said = f"{args.consolidated}: no adapter in it"
+        print(f"error: {said}; give the consolidated folder of a LoRA run's checkpoint", file=sys.stderr)
+        return 2
+    try:
+        merge(args.consolidated, args.output, getattr(torch, args.dtype))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"merged into {args.output}")
     return 0
 

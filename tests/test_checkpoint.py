@@ -15,7 +15,7 @@ from conftest import CPU, write_config
 from finetune import args as configuration
 from finetune.checkpoint import Checkpointer
 from finetune.families import args_class
-from merge_adapter import merge
+from merge_adapter import merge_moshi
 from test_moshi_parity import our_loss, random_batch
 
 
@@ -170,7 +170,7 @@ def test_training_goes_on_from_a_merged_checkpoint(config, tmp_path):
 def test_an_adapter_is_merged_later(config, tmp_path):
     """The script gives what `save_adapters: false` would have saved."""
     args, family, model = trained(config, tmp_path, do_ckpt=True)
-    merge(save(args, family, model), tmp_path / "merged", torch.float32)
+    merge_moshi(save(args, family, model), tmp_path / "merged", torch.float32)
     _, merged = load_with_moshi(tmp_path / "merged", fuse_lora=False)
     assert_same_logits(family, model, merged)
     section = {"hf_repo_id": None, "path": str(tmp_path / "merged")}

@@ -1,5 +1,6 @@
 """What every family must hold, whichever it is; a new family joins by a fixture in MAKERS."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from finetune import args as configuration
 from finetune.data.types import ABSENT
 from finetune.families import FAMILIES, args_class, family_class
 from finetune.families.base import Family
+from finetune.lora import adapter_parameters, merge_into
+from finetune.loss import denominators, local_loss
+from finetune.parallel import materialize
 
 MAKERS = {"csm": make_csm, "moshi": make_moshi}
 """Writes a tiny untrained model of a family into a folder."""
@@ -26,7 +30,7 @@ def run(request, config, tmp_path):
     folder: Path = MAKERS[request.param](tmp_path / "model")
     config["model"] = {"family": request.param, "hf_repo_id": None, "path": str(folder)}
     config["data"]["max_frames"] = 256  # of conversations
-    config |= {"finetuning": "full", "gradient_checkpointing": False}
+    config |= {"finetuning": "full", "gradient_checkpointing": False, "do_ckpt": True}
     args = configuration.load(write_config(tmp_path, config), {}, args_class)
     family = train.build_family(args, CPU)
     model, groups = train.build_model(args, family, torch.float32, CPU)
@@ -80,6 +84,62 @@ def test_blocks_are_modules_of_the_model_inner_ones_first(run):
         assert id(outer) in order
         inner = {id(module) for module in outer.modules()} - {id(outer)}
         assert not inner & {id(block) for block in blocks[outer_at:]}
+
+
+def test_parts_hold_every_parameter_once(run):
+    _, family, model, _, _ = run
+    held = [
+        id(parameter)
+        for modules in family.parts(model).values()
+        for module in modules
+        for parameter in module.parameters()
+    ]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(parameter) for parameter in model.parameters()}
+
+
+def test_an_export_is_a_model_with_the_same_losses(run, tmp_path):
+    """Weights that are not the base's, through a checkpoint and back into a family of its own."""
+    args, family, model, _, batch = run
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    args.run_dir = str(tmp_path / "run")
+    train.build_checkpointer(args, family, torch.float32).save(model, step=1)
+    folder = tmp_path / "run" / "checkpoints" / "checkpoint_000001" / "consolidated"
+    again = family_class(args.model.family)(replace(args.model, path=str(folder)), CPU)
+    loaded = again.create(torch.device("meta"))
+    materialize(loaded, again.weights(), CPU, seed=0)
+    torch.testing.assert_close(again.nll(loaded, batch), family.nll(model, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_is_read_back_as_it_was_written(run, tmp_path):
+    args, family, _, _, batch = run
+    args.finetuning, args.run_dir = "lora", str(tmp_path / "run")
+    model, _ = train.build_model(args, family, torch.float32, CPU)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model):
+            parameter += 0.1 * torch.randn_like(parameter)
+    train.build_checkpointer(args, family, torch.float32).save(model, step=1)
+    settings, tensors = family.read_adapter(tmp_path / "run" / "checkpoints" / "checkpoint_000001" / "consolidated")
+    merged = family.create(torch.device("meta"))
+    materialize(merged, family.weights(), CPU, seed=0)
+    merge_into(merged, tensors, settings.scaling)
+    torch.testing.assert_close(family.nll(merged, batch), family.nll(model, batch), rtol=1e-4, atol=1e-4)
+
+
+def test_one_batch_is_learned(run):
+    _, family, model, groups, batch = run
+    optimizer = torch.optim.AdamW(groups, lr=3e-3)
+    losses = []
+    for _ in range(12):
+        term_denominators = denominators([batch], family.terms)
+        loss = local_loss(family.nll(model, batch), batch.loss_weight_BKT, family.terms, term_denominators)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_an_unknown_family_is_named_with_the_known_ones():

@@ -1,11 +1,14 @@
 """Schedules, clipping, and adapters' initial weights."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from finetune.args import LoraArgs, OptimArgs
-from finetune.lora import LoRALinear, initial_adapter_weight, merged_weight
+from finetune.errors import UserError
+from finetune.lora import LoRALinear, adapted_layers, add_adapters, initial_adapter_weight, merged_weight
 from finetune.optim import build_optimizer, build_schedule, clip_gradients
 
 
@@ -95,3 +98,48 @@ def test_adapters_start_as_nothing_and_alike_on_every_rank():
     assert not torch.equal(first, initial_adapter_weight("a.lora_A.weight", shape, seed=2))
     assert first.abs().max() <= 1 / 3
     assert (initial_adapter_weight("a.lora_B.weight", shape, seed=1) == 0).all()
+
+
+@pytest.mark.parametrize(("rslora", "scaling"), [(False, 0.5), (True, 2.0)])
+def test_alpha_is_pefts_spelling_of_the_scaling(rslora, scaling):
+    assert LoraArgs(rank=16, alpha=8, rslora=rslora).scaling == scaling
+
+
+def test_adapters_go_inside_what_was_chosen_and_nowhere_else():
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "b": nn.Linear(2, 2)})
+    add_adapters(model, LoraArgs(rank=1), [model["a"]])
+    assert set(adapted_layers(model)) == {"a.0", "a.1"}
+    assert type(model["b"]) is nn.Linear
+
+
+def test_eight_bit_states_train_like_adamw_and_obey_the_schedule():
+    pytest.importorskip("torchao", reason="the extra `lowbit` is not installed")
+    torch.compiler.set_stance("force_eager")  # torchao compiles its step: a minute on a small machine
+    try:
+        ends, rates = [], []
+        for name in ("adamw", "adamw8bit"):
+            torch.manual_seed(0)
+            weight = nn.Parameter(torch.randn(64, 128))
+            args = OptimArgs(name=name, lr=1e-2, schedule="cosine")
+            optimizer = build_optimizer([{"params": [weight]}], args)
+            schedule = build_schedule(optimizer, args, 10)
+            rates.append([])
+            for _ in range(10):
+                (weight - 1).square().sum().backward()
+                rates[-1].append(float(schedule.get_last_lr()[0]))
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            ends.append(weight.detach())
+        moments = optimizer.state[weight]["exp_avg"]
+        assert moments.codes.dtype == torch.uint8
+        assert rates[0] == pytest.approx(rates[1])
+        torch.testing.assert_close(*ends, rtol=0.02, atol=0.02)
+    finally:
+        torch.compiler.set_stance("default")
+
+
+def test_a_missing_torchao_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(UserError, match=r"optim\.name: adamw8bit needs torchao .*lowbit"):
+        build_optimizer([{"params": [nn.Parameter(torch.zeros(1))]}], OptimArgs(name="adamw8bit"))

@@ -50,13 +50,16 @@ def write_transformers(
     moshi_state = {name: tensor.detach().cpu() for name, tensor in mimi.state_dict().items()}
     codec = codec_names.to_transformers(moshi_state, mimi_config["transformer"]["num_heads"], config.num_codebooks)
     tensors = dict(state) | {f"{CODEC_PREFIX}{name}": tensor for name, tensor in codec.items()}
-    # transformers ties the backbone's table to the decoder's, so that it must find the latter.
-    tensors[TIED_COPY] = tensors.pop(AUDIO_TABLE)
+    # Twice, as in sesame/csm-1b: transformers 4 ties the backbone's table to the decoder's, so that it must find the
+    # latter, and other programs read the former.
+    tensors[TIED_COPY] = tensors[AUDIO_TABLE].clone()
     _save(tensors, folder / WEIGHTS_FILE)
     ids = write_processor(folder, companions, config.text_vocab_size)
     written = to_transformers(config) | ids | {"codec_config": codec_config, "dtype": _dtype_name(state)}
     _write_json(folder / "config.json", written)
-    generation = companions.generation_config or _generation_config(config, codec_config["codebook_size"], ids)
+    generation = companions.generation_config or _generation_config(config, codec_config["codebook_size"])
+    # A tokenizer of one's own has other ids than the one that the settings came with.
+    generation = generation | {key: ids[key] for key in ("bos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", generation)
 
 
@@ -97,10 +100,11 @@ def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], adapter: Ad
     saved = {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in (dict(tensors) | whole).items()}
     _save(saved, folder / ADAPTER_FILE)
     alpha = adapter.scaling * (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank)
+    base = Path(files.place.address)
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": files.place.address,
+        "base_model_name_or_path": str(base.resolve()) if base.exists() else files.place.address,
         "inference_mode": True,
         "r": adapter.rank,
         "lora_alpha": alpha,
@@ -154,7 +158,7 @@ def _write_plain(
         copy_tokenizer(tokenizer_path, folder)
 
 
-def _generation_config(config: CsmConfig, num_entries: int, ids: Mapping[str, int | None]) -> dict[str, Any]:
+def _generation_config(config: CsmConfig, num_entries: int) -> dict[str, Any]:
     """Sesame's way of sampling, for the first codebook and, as `depth_decoder_…`, for the others.
 
     Codes that the codec does not have are never drawn; CSM-1B's vocabulary holds three more than Mimi's 2,048.
@@ -167,8 +171,6 @@ def _generation_config(config: CsmConfig, num_entries: int, ids: Mapping[str, in
     return {
         **sampling,
         "max_new_tokens": _MAX_FRAMES,
-        "bos_token_id": ids["bos_token_id"],
-        "pad_token_id": ids["pad_token_id"],
         **{f"depth_decoder_{key}": value for key, value in depth.items()},
     }
 

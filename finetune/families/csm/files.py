@@ -101,19 +101,20 @@ def find_checkpoint(paths: ModelPaths) -> Checkpoint:
     """The checkpoint alone; see `find_files`."""
     place, chosen = _place_of(paths)
     config_path = place.look("config.json")
-    raw = read_json(config_path) if config_path else {}
-    weights = (chosen,) if chosen else _find_weights(place, raw)
+    raw = read_json(config_path) if config_path else None
+    weights = (chosen,) if chosen else _find_weights(place, raw or {})
     with ExitStack() as opened:
         names = set(_open_all(weights, place.key, opened))
     layout = recognize(names)
-    if not raw and weights[0].suffix == ".safetensors":
+    if raw is None and weights[0].suffix == ".safetensors":
         raise UserError(f"{place.key}: {place.address}: no config.json in it; give a CSM's folder")
+    has_codec = any(name.startswith(CODEC_PREFIX) for name in names)
     return Checkpoint(
         place=place,
-        config=from_json(raw) if raw else CsmConfig(),  # Sesame's first release had no config.json
+        config=CsmConfig() if raw is None else from_json(raw),  # Sesame's first release had no config.json
         layout=layout,
         weights=weights,
-        codec_config=raw.get("codec_config", {}) if any(name.startswith(CODEC_PREFIX) for name in names) else None,
+        codec_config=(raw or {}).get("codec_config", {}) if has_codec else None,
     )
 
 
