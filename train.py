@@ -46,10 +46,9 @@ def train(args: TrainArgs) -> None:
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = build_optimizer(groups, args.optim)
     schedule = build_schedule(optimizer, args.optim, args.max_steps)
-    loss_scale = LossScale(dtype)
+    loss_scale, meter = LossScale(dtype), Meter(family.terms, device)
     checkpointer = build_checkpointer(args, family, dtype)
     samples = build_samples(args, family, dtype, device)
-    meter = Meter(family.terms, device)
     best_eval_loss = float("inf")
 
     distributed.on_main_rank(open_run_dir, args)
@@ -58,8 +57,8 @@ def train(args: TrainArgs) -> None:
     with Report(args) as report, closing(iter(loader)) as batches:
         for step in range(1, args.max_steps + 1):
             is_last = step == args.max_steps
-            microbatches = [next(batches) for _ in range(args.num_microbatches)]
             lr = float(schedule.get_last_lr()[0])
+            microbatches = [next(batches) for _ in range(args.num_microbatches)]
             accumulate_gradients(model, family, microbatches, loss_scale.value, meter, device)
             norm = update(parameters, optimizer, loss_scale, args.max_norm)
             schedule.step()

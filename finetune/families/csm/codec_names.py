@@ -111,49 +111,68 @@ def _turning(weight: torch.Tensor, num_heads: int, what: str) -> torch.Tensor:
     return weight.unflatten(0, (num_heads, *pair)).transpose(1, 2).flatten(0, 2)
 
 
+# What both configurations hold: by section of moshi's, moshi's key → transformers'.
+_CONFIG_KEYS = {
+    "seanet": {
+        "dimension": "hidden_size",
+        "n_filters": "num_filters",
+        "n_residual_layers": "num_residual_layers",
+        "ratios": "upsampling_ratios",
+        "kernel_size": "kernel_size",
+        "last_kernel_size": "last_kernel_size",
+        "residual_kernel_size": "residual_kernel_size",
+        "dilation_base": "dilation_growth_rate",
+        "pad_mode": "pad_mode",
+        "compress": "compress",
+    },
+    "quantizer": {"bins": "codebook_size", "dimension": "codebook_dim"},
+    "transformer": {
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "dim_feedforward": "intermediate_size",
+        "context": "sliding_window",
+        "layer_scale": "layer_scale_initial_scale",
+    },
+}
+
+
 def to_codec_config(mimi_config: Mapping[str, Any], num_codebooks: int) -> dict[str, Any]:
     """transformers' `MimiConfig` as JSON, of a Mimi in moshi's spelling that has only its first codebooks.
 
     Raises:
         UserError: transformers' Mimi has no such architecture.
     """
-    seanet, quantizer, transformer = (mimi_config[key] for key in ("seanet", "quantizer", "transformer"))
     _refuse_what_transformers_lacks(mimi_config)
-    width = seanet["dimension"]
+    shared = {
+        theirs: mimi_config[section][ours] for section, keys in _CONFIG_KEYS.items() for ours, theirs in keys.items()
+    }
     return {
         "model_type": "mimi",
         "architectures": ["MimiModel"],
         "sampling_rate": mimi_config["sample_rate"],
         "audio_channels": mimi_config["channels"],
-        "hidden_size": width,
-        "num_filters": seanet["n_filters"],
-        "num_residual_layers": seanet["n_residual_layers"],
-        "upsampling_ratios": list(seanet["ratios"]),
-        "kernel_size": seanet["kernel_size"],
-        "last_kernel_size": seanet["last_kernel_size"],
-        "residual_kernel_size": seanet["residual_kernel_size"],
-        "dilation_growth_rate": seanet["dilation_base"],
-        "use_causal_conv": True,
-        "pad_mode": seanet["pad_mode"],
-        "compress": seanet["compress"],
-        "trim_right_ratio": 1.0,
-        "use_conv_shortcut": not seanet["true_skip"],
-        "codebook_size": quantizer["bins"],
-        "codebook_dim": quantizer["dimension"],
-        "vector_quantization_hidden_dimension": quantizer["dimension"],
+        **shared,
+        **_fixed_in_moshi(shared),
+        "use_conv_shortcut": not mimi_config["seanet"]["true_skip"],
         "num_quantizers": num_codebooks,
+        "norm_eps": 1e-5,
+        "rope_theta": float(mimi_config["transformer"]["max_period"]),
+    }
+
+
+def _fixed_in_moshi(shared: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' configuration leaves open and moshi's Mimi does not."""
+    width = shared["hidden_size"]
+    return {
+        "use_causal_conv": True,
+        "trim_right_ratio": 1.0,
+        "vector_quantization_hidden_dimension": shared["codebook_dim"],
         "num_semantic_quantizers": 1,
         "upsample_groups": width,  # moshi resamples each channel by itself
-        "num_hidden_layers": transformer["num_layers"],
-        "intermediate_size": transformer["dim_feedforward"],
-        "num_attention_heads": transformer["num_heads"],
-        "num_key_value_heads": transformer["num_heads"],
-        "head_dim": width // transformer["num_heads"],
+        "num_key_value_heads": shared["num_attention_heads"],
+        "head_dim": width // shared["num_attention_heads"],
         "hidden_act": "gelu",
-        "norm_eps": 1e-5,
-        "rope_theta": float(transformer["max_period"]),
-        "sliding_window": transformer["context"],
-        "layer_scale_initial_scale": transformer["layer_scale"],
+        "attention_bias": False,
     }
 
 
@@ -190,58 +209,25 @@ def from_codec_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = to_codec_config(MIMI_CONFIG, MIMI_CONFIG["quantizer"]["n_q"])
     given |= {key: value for key, value in config.items() if value is not None}
-    width, rope = given["hidden_size"], config.get("rope_parameters") or {}
-    wanted = {
-        "num_semantic_quantizers": 1,
-        "upsample_groups": width,
-        "num_key_value_heads": given["num_attention_heads"],
-        "head_dim": width // given["num_attention_heads"],
-        "codebook_dim": given["vector_quantization_hidden_dimension"],
-        "hidden_act": "gelu",
-        "attention_bias": False,
-        "use_causal_conv": True,
-        "trim_right_ratio": 1.0,
-    }
-    for key, value in wanted.items():
+    for key, value in _fixed_in_moshi(given).items():
         if key in config and config[key] not in (None, value):
             remedy = "set model.mimi_path to a codec in moshi's layout"
             raise UserError(f"model: codec_config.{key}: {config[key]}; moshi's Mimi has {value} there; {remedy}")
-    return {
-        "sample_rate": given["sampling_rate"],
-        "channels": given["audio_channels"],
-        "frame_rate": given["sampling_rate"] / math.prod(given["upsampling_ratios"]) / 2,
-        "seanet": MIMI_CONFIG["seanet"]
-        | {
-            "channels": given["audio_channels"],
-            "dimension": width,
-            "n_filters": given["num_filters"],
-            "n_residual_layers": given["num_residual_layers"],
-            "ratios": list(given["upsampling_ratios"]),
-            "kernel_size": given["kernel_size"],
-            "last_kernel_size": given["last_kernel_size"],
-            "residual_kernel_size": given["residual_kernel_size"],
-            "dilation_base": given["dilation_growth_rate"],
-            "pad_mode": given["pad_mode"],
-            "compress": given["compress"],
-            "true_skip": not given["use_conv_shortcut"],
-        },
-        "quantizer": {
-            "dimension": given["codebook_dim"],
-            "n_q": given["num_quantizers"],
-            "bins": given["codebook_size"],
-            "input_dimension": width,
-            "output_dimension": width,
-        },
-        "transformer": MIMI_CONFIG["transformer"]
-        | {
+    rope, width = config.get("rope_parameters") or {}, given["hidden_size"]
+    channels, rate_hz = given["audio_channels"], given["sampling_rate"]
+    own: dict[str, dict[str, Any]] = {
+        "seanet": {"channels": channels, "true_skip": not given["use_conv_shortcut"]},
+        "quantizer": {"n_q": given["num_quantizers"], "input_dimension": width, "output_dimension": width},
+        "transformer": {
             "d_model": width,
-            "num_heads": given["num_attention_heads"],
-            "num_layers": given["num_hidden_layers"],
-            "layer_scale": given["layer_scale_initial_scale"],
-            "context": given["sliding_window"],
             "max_period": rope.get("rope_theta", given["rope_theta"]),
-            "dim_feedforward": given["intermediate_size"],
             "input_dimension": width,
             "output_dimensions": [width],
         },
     }
+    sections = {
+        section: MIMI_CONFIG[section] | {ours: given[theirs] for ours, theirs in keys.items()} | own[section]
+        for section, keys in _CONFIG_KEYS.items()
+    }
+    frame_rate_hz = rate_hz / math.prod(given["upsampling_ratios"]) / 2
+    return {"sample_rate": rate_hz, "channels": channels, "frame_rate": frame_rate_hz, **sections}

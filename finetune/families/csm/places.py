@@ -51,15 +51,19 @@ def folder_place(folder: Path, key: str) -> Place:
 def hub_place(repo: str, key: str) -> Place:
     """A repository of the Hugging Face Hub, whose files come into one folder of the cache."""
 
+    is_offline = False  # then the hub is not asked again: it takes half a minute to give up
+
     def fetch(name: str) -> Path:
-        return from_hub(repo, name, key)
+        return from_hub(repo, name, key, local_files_only=is_offline)
 
     def look(name: str) -> Path | None:
+        nonlocal is_offline
         try:
-            return Path(hf_hub_download(repo, name))
+            return Path(hf_hub_download(repo, name, local_files_only=is_offline))
         except EntryNotFoundError as error:
             if _status(error) in _NO_ACCESS:
                 raise _refusal(repo, key, error) from error
+            is_offline = is_offline or isinstance(error, LocalEntryNotFoundError)
             return None  # also offline, where nobody can say; what must be there is asked for by `fetch`
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise _refusal(repo, key, error) from error
@@ -67,14 +71,14 @@ def hub_place(repo: str, key: str) -> Place:
     return Place(repo, key, fetch, look)
 
 
-def from_hub(repo: str, name: str, key: str) -> Path:
-    """A file of a hub repository.
+def from_hub(repo: str, name: str, key: str, *, local_files_only: bool = False) -> Path:
+    """A file of a hub repository, or of what is kept of it.
 
     Raises:
         UserError: the hub refuses or cannot be reached; names the key and the remedy.
     """
     try:
-        return Path(hf_hub_download(repo, name))
+        return Path(hf_hub_download(repo, name, local_files_only=local_files_only))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise _refusal(repo, key, error, name) from error
 
