@@ -42,13 +42,13 @@ def train(args: TrainArgs) -> None:
     family = build_family(args, device)
     loader = build_loader(args, family, evaluation=False)
     eval_loader = build_loader(args, family, evaluation=True) if args.do_eval else None
+    samples = build_samples(args, family, dtype, device)
     model, groups = build_model(args, family, dtype, device)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = build_optimizer(groups, args.optim)
     schedule = build_schedule(optimizer, args.optim, args.max_steps)
     loss_scale, meter = LossScale(dtype), Meter(family.terms, device)
     checkpointer = build_checkpointer(args, family, dtype)
-    samples = build_samples(args, family, dtype, device)
     best_eval_loss = float("inf")
 
     distributed.on_main_rank(open_run_dir, args)

@@ -28,7 +28,8 @@ def require(condition: bool, message: str) -> None:
 @dataclass
 class DataArgs:
     train_data: str
-    """Training data: manifests (`.jsonl`, `.jsonl.gz`) or folders of them, `path[:weight],path[:weight]`."""
+    """Training data, `path[:weight],path[:weight]`. Moshi: manifests (`.jsonl`, `.jsonl.gz`) or folders of them;
+    CSM: these and the formats listed under "Data for CSM"."""
     eval_data: str | None = None
     """Evaluation data, in the same form; weights are ignored."""
     shuffle: bool = False
@@ -145,6 +146,10 @@ class GenerateArgs:
 
     def __post_init__(self) -> None:
         require(self.freq < 1 or bool(self.sentences), "sentences: empty; give some or set freq: 0")
+        require(
+            self.context_audio is None or bool(self.context_text.strip()),
+            "context_text: empty; write what is said in context_audio",
+        )
         require(self.max_sec >= 0.08, f"max_sec: {self.max_sec} is shorter than one frame (0.08 s)")
         Sampling(self.temperature, self.top_k, self.top_p, self.seed)  # checks them
 
@@ -170,7 +175,7 @@ class TrainArgs:
     model: Any
     """The family and its own settings; see the next table."""
     duration_sec: float = 10.0
-    """Length of a training window in seconds."""
+    """Windows: length of a training window in seconds."""
     batch_size: int = 1
     """Rows per rank and microbatch: windows, conversations, or packs of them."""
     num_microbatches: int = 1

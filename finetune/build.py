@@ -78,6 +78,9 @@ def build_loader(args: TrainArgs, family: Family, *, evaluation: bool) -> Loader
     packing = args.data.packing or ("none" if in_windows else "pack")
     if packing == "pack" and not family.can_pack:
         raise UserError("data.packing: pack: this model's text conditions hold for a whole row; use bucket or none")
+    limit = family.max_positions
+    if not in_windows and limit is not None and args.data.max_frames > limit:
+        raise UserError(f"data.max_frames: {args.data.max_frames} is more than the model's {limit} positions")
     dataset = build_dataset(args, family, spec, f"data.{key}")
     num_windows = sum(len(windows) for windows in dataset.windows)
     extent = f"{args.duration_sec:g} s" if in_windows else f"up to {args.data.max_frames} positions"

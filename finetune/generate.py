@@ -160,9 +160,7 @@ def run(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     family, model = open_model(args.source, device=device, checkpoint=args.checkpoint, family_name=args.family)
     if not family.can_speak:
-        raise UserError(
-            f"{args.source}: its family does not speak texts; use moshi.run_inference"
-        )
+        raise UserError(f"{args.source}: its family does not speak texts; use moshi.run_inference")
     lines = [Line(text, args.speaker, context) for text in args.text]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for number, speech in enumerate(speak(family, model, lines, sampling, args.max_sec), 1):

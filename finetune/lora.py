@@ -39,7 +39,7 @@ class LoRALinear(nn.Linear):
 
 def add_adapters(model: nn.Module, args: LoraArgs, inside: Sequence[nn.Module] | None = None) -> None:
     """Replace every linear layer by a LoRALinear, in place; only those `inside` some modules, if given."""
-    chosen = {id(module) for root in inside or [model] for module in root.modules()}
+    chosen = {id(module) for root in ([model] if inside is None else inside) for module in root.modules()}
     linears = [
         (parent, name, child)
         for parent in model.modules()

@@ -55,7 +55,8 @@ def stream_sums(nll_BKT: torch.Tensor, loss_weight_BKT: torch.Tensor) -> torch.T
 def summarize(sums_2K: torch.Tensor, terms: Sequence[LossTerm]) -> dict[str, float]:
     """The loss, its terms, and the mean of every predicted stream, from sums on the CPU.
 
-    A stream or term without weight is left out; `loss` is the sum of the terms that are there.
+    Streams are numbered by their codebook, which is their row less that of the text. One without weight, or
+    a term, is left out; `loss` is the sum of the terms that are there.
     """
     nll_K, weight_K = sums_2K.tolist()
     means: dict[str, float] = {"loss": 0.0}
@@ -67,7 +68,7 @@ def summarize(sums_2K: torch.Tensor, terms: Sequence[LossTerm]) -> dict[str, flo
     for term in terms:
         rows = range(*term.rows.indices(len(nll_K)))
         if len(rows) > 1:
-            for number, row in enumerate(rows):
+            for row in rows:
                 if weight_K[row] > 0:
-                    means[f"{term.name}_loss_{number}"] = nll_K[row] / weight_K[row]
+                    means[f"{term.name}_loss_{row - 1}"] = nll_K[row] / weight_K[row]
     return means

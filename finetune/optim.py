@@ -41,7 +41,9 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: OptimArgs, max_steps:
         # torch divides by zero where the rise takes exactly one step or all of them.
         at_zero = args.pct_start * max_steps in (1.0, float(max_steps))
         pct_start = args.pct_start - 1e-6 * at_zero
-        return OneCycleLR(optimizer, max_lr=peaks, total_steps=max_steps, pct_start=pct_start)
+        # torchao compiles its step anew for every value of beta1.
+        cycles = args.name == "adamw"
+        return OneCycleLR(optimizer, peaks, total_steps=max_steps, pct_start=pct_start, cycle_momentum=cycles)
     num_warmup = round(args.pct_start * max_steps)
 
     def factor(step: int) -> float:

@@ -50,10 +50,18 @@ def set_param_dtypes(
 def choose_strategy(args: ParallelArgs, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Strategy:
     """Settle `auto`, and refuse what cannot be.
 
-    Replication needs that every trained parameter computes in float32 or is an adapter, which casts itself.
+    Replication needs that every trained parameter computes in float32, or is of an adapter or an embedding: what
+    these give is cast to the type of the layers.
     """
-    trains_all = all(parameter.requires_grad for parameter in model.parameters())
-    replicable = dtype == torch.float32 or not trains_all
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trains_all = len(trained) == sum(1 for _ in model.parameters())
+    tables = {
+        f"{name}.{inner}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        for inner, _ in module.named_parameters()
+    }
+    replicable = dtype == torch.float32 or all(name in tables or _is_adapter(name) for name in trained)
     if args.strategy == "ddp" and not replicable:
         said = "parallel.strategy: ddp with finetuning: full"
         raise UserError(f"{said} would train in {dtype} without float32 masters; use fsdp or param_dtype: float32")

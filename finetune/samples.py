@@ -45,6 +45,8 @@ class VoiceSamples:
             self._lines |= {
                 f"{number}_context": Line(text, args.speaker, context) for number, text in enumerate(args.sentences, 1)
             }
+        for line in self._lines.values():
+            self._check_length(line)
 
     def make(self, model: nn.Module, step: int) -> dict[str, dict[str, Any]]:
         """Speak on the main rank; all ranks must call it. Gives `path`, `text` and the figures of each sample."""
@@ -54,13 +56,26 @@ class VoiceSamples:
                 return made
             folder = self._folder / f"step_{step:06d}"
             folder.mkdir(parents=True, exist_ok=True)
-            speeches = speak(self._family, whole, list(self._lines.values()), self._sampling, self._max_sec)
+            # Blocks that are compiled for training would be compiled anew for every length of the cache.
+            with torch.compiler.set_stance("force_eager"):
+                speeches = speak(self._family, whole, list(self._lines.values()), self._sampling, self._max_sec)
             for (name, line), speech in zip(self._lines.items(), speeches, strict=True):
                 path = folder / f"{name}.wav"
                 sphn.write_wav(str(path), speech.wav_S, SAMPLE_RATE_HZ)
                 path.with_suffix(".txt").write_text(line.text + "\n")
                 made[name] = {"path": path, "text": line.text, **judge(speech.wav_S, speech.ended)}
         return made
+
+    def _check_length(self, line: Line) -> None:
+        """Refuse now what would end the run at its first sample."""
+        family, limit = self._family, self._family.max_positions
+        num_positions = family.count_text(line.speaker, line.text) + sum(
+            family.count_text(turn.speaker, turn.text) - (-len(turn.wav_S) // family.frame_size) + 1
+            for turn in line.context
+        )
+        if limit is not None and num_positions >= limit:
+            said = f"{line.text!r:.40} and its context take {num_positions:,} positions, the model has {limit:,}"
+            raise UserError(f"generate: {said}; shorten the sentence or context_audio")
 
     @contextmanager
     def _whole(self, model: nn.Module) -> Iterator[nn.Module | None]:

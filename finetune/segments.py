@@ -16,13 +16,32 @@ from finetune.data.types import send
 
 # Attention over queries, keys and values [B, H, T, D/H], with fewer heads of keys and values; gives [B, H, T, D/H].
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# Attention kernels put the batch into a grid dimension that ends at 65,535.
+MAX_ATTENTION_BATCH = 32768
 # Whether a query may look at a key, by indices of batch, head, query and key that broadcast.
 _Sees = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Flex attention's kernels multiply tiles of at least this width.
 _MIN_FLEX_HEAD_DIM = 16
-# Triton, which they are written in, supports no older cards.
+# Triton, which they are written in, supports no older cards; nor does flash attention, the one kernel for groups.
 _MIN_FLEX_CAPABILITY = (8, 0)
+
+
+def attend_causally(q_BHTD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor) -> torch.Tensor:
+    """Plain causal attention over whole sequences."""
+    parts = [
+        _attend_grouped(q, k, v, is_causal=True)
+        for q, k, v in zip(*(x.split(MAX_ATTENTION_BATCH) for x in (q_BHTD, k_BHTD, v_BHTD)), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _attend_grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rules: Any) -> torch.Tensor:
+    """Attention in which heads of keys and values may serve several of queries."""
+    per_group = q.shape[1] // k.shape[1]
+    if per_group > 1 and q.is_cuda and torch.cuda.get_device_capability(q.device) < _MIN_FLEX_CAPABILITY:
+        k, v = (x.repeat_interleave(per_group, dim=1) for x in (k, v))  # else all scores would be made at once
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **rules)
 
 
 def positions(segment_BT: torch.Tensor) -> torch.Tensor:
@@ -99,8 +118,7 @@ class _DenseAttention:
     mask_B1TT: torch.Tensor
 
     def __call__(self, q_BHTD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor) -> torch.Tensor:
-        is_grouped = q_BHTD.shape[1] != k_BHTD.shape[1]
-        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=self.mask_B1TT, enable_gqa=is_grouped)
+        return _attend_grouped(q_BHTD, k_BHTD, v_BHTD, attn_mask=self.mask_B1TT)
 
 
 @dataclass(frozen=True, eq=False)

@@ -137,7 +137,7 @@ def test_chunks_change_nothing(pair, monkeypatch):
     rows = torch.tensor([3, 7, 8, 25, 31])
     whole = ours(codes_BKT, rows, rows[:3], position_BT)
     monkeypatch.setattr("finetune.families.csm.model.MAX_LOGITS", 200)
-    monkeypatch.setattr("finetune.families.csm.model.MAX_ATTENTION_BATCH", 1)
+    monkeypatch.setattr("finetune.segments.MAX_ATTENTION_BATCH", 1)
     torch.testing.assert_close(ours(codes_BKT, rows, rows[:3], position_BT), whole)
     assert (whole[:, 0] == 0).all()
     assert (whole[0, 1] > 0).nonzero().flatten().tolist() == [3, 7, 8]

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import train
 from conftest import CPU, QUICKSTART, make_csm, make_moshi, write_config
 from finetune import args as configuration
-from finetune.data.types import ABSENT
+from finetune.data.types import ABSENT, collate
 from finetune.families import FAMILIES, args_class, family_class
 from finetune.families.base import Family
 from finetune.lora import adapter_parameters, merge_into
@@ -148,11 +149,41 @@ def test_an_unknown_family_is_named_with_the_known_ones():
 
 
 def test_a_clip_without_audio_weighs_nothing(run):
-    args, family, _, _, _ = run
+    args, family, model, _, _ = run
     loader = train.build_loader(args, family, evaluation=True)
     (sample,) = tokenize_empty(family, loader)
     assert (sample.codes_KT == ABSENT).all()
     assert (sample.loss_weight_KT == 0).all()
+    # A rank may get nothing else, and must run and learn nothing.
+    nll_BKT = family.nll(model, collate([[sample]]))
+    assert (nll_BKT == 0).all()
+    nll_BKT.sum().backward()
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.fixture
+def process_group():
+    """Of this process alone, for models that are sharded."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("finetuning", ["full", "lora"])
+@pytest.mark.parametrize("part", ["each", "ft_embed"])
+def test_every_part_trains_in_bfloat16(finetuning, part, run, process_group):
+    """Trained weights are float32 beside frozen ones of less; what computes must not mind."""
+    args, family, model, _, batch = run
+    parts = [[name] for name, modules in family.parts(model).items() if modules] if part == "each" else [None]
+    for chosen in parts:
+        args.finetuning, args.train_only = finetuning, chosen
+        args.lora.ft_embed = part == "ft_embed"
+        if finetuning == "lora" and chosen == ["embeddings"]:
+            continue  # no linear layer is in it
+        trained, groups = train.build_model(args, family, torch.bfloat16, CPU)
+        family.nll(trained, batch).sum().backward()
+        assert all(p.grad.isfinite().all() for group in groups for p in group["params"] if p.grad is not None)
+        assert any((p.grad != 0).any() for group in groups for p in group["params"] if p.grad is not None)
 
 
 def tokenize_empty(family: Family, loader) -> list:

@@ -118,13 +118,15 @@ class ConversationDataset:
         Raises:
             UserError: a source is wrong, a file is bad and `on_error` is `fail`, or nothing is left to train on.
         """
+        frame_size = round(frame_sec * SAMPLE_RATE_HZ)
         rules = _Rules(
             key=key,
             max_frames=max_frames,
             context_turns=context_turns,
             mask_speaker_ids=frozenset(map(str, mask_speaker_ids)),
-            max_samples=None if max_audio_sec is None else round(max_audio_sec * SAMPLE_RATE_HZ),
-            frame_size=round(frame_sec * SAMPLE_RATE_HZ),
+            # At a frame: half a frame of silence in mid-word would be learned.
+            max_samples=None if max_audio_sec is None else int(max_audio_sec / frame_sec + 1e-6) * frame_size,
+            frame_size=frame_size,
             count_text=count_text,
         )
         # One rank asks the file system, the others are told.
@@ -313,8 +315,8 @@ def cut_windows(turns: Sequence[TurnRecord], place: str, max_frames: int, contex
     `context_turns` turns before it as context (the nearest ones, where not all fit) and goes on as far as it can.
     """
     trained = [index for index, turn in enumerate(turns) if turn.is_trained]
-    if trained and sum(turn.num_frames for turn in turns) <= max_frames:
-        return [TurnWindow(tuple(turns), num_context=0, place=place)]
+    if trained and sum(turn.num_frames for turn in turns[: trained[-1] + 1]) <= max_frames:
+        return [TurnWindow(tuple(turns[: trained[-1] + 1]), num_context=0, place=place)]
     windows = []
     last = -1
     for first in trained:

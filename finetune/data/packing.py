@@ -4,8 +4,9 @@ What goes into which row follows from the draws and their lengths alone, before 
 not depend on the number of ranks.
 """
 
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Literal
 
 import numpy as np
@@ -46,16 +47,31 @@ def _packed(
     draws: Iterator[Draw], num_frames: Callable[[Draw], int], capacity: int, pending: list[Draw]
 ) -> Iterator[Row]:
     """Best fit: the draw that waits longest opens a row, then always the longest that still fits."""
+    waiting: dict[int, Draw] = {}  # by arrival
+    by_length: list[tuple[int, int]] = []  # (frames, -arrival), sorted: of equal ones the first to come is last
+    arrivals = count()
+
+    def add(draw: Draw) -> None:
+        arrival = next(arrivals)
+        waiting[arrival] = draw
+        insort(by_length, (num_frames(draw), -arrival))
+
+    for draw in pending:
+        add(draw)
     while True:
-        pending.extend(islice(draws, LOOK_AHEAD - len(pending)))
-        if not pending:
+        for draw in islice(draws, LOOK_AHEAD - len(waiting)):
+            add(draw)
+        if not waiting:
             return
-        row = [pending.pop(0)]
-        room = capacity - num_frames(row[0])
-        while fitting := [(num_frames(draw), -index) for index, draw in enumerate(pending) if num_frames(draw) <= room]:
-            length, negative_index = max(fitting)
-            row.append(pending.pop(-negative_index))
+        oldest = next(iter(waiting))
+        place = bisect_left(by_length, (num_frames(waiting[oldest]), -oldest))
+        row, room = [], capacity
+        while place >= 0:
+            length, negative_arrival = by_length.pop(place)
+            row.append(waiting.pop(-negative_arrival))
             room -= length
+            place = bisect_right(by_length, (room, 0)) - 1
+        pending[:] = waiting.values()
         yield tuple(row)
 
 

@@ -84,6 +84,8 @@ class Family(Protocol):
     """Whether samples may share a row."""
     can_speak: bool
     """Whether it speaks texts."""
+    max_positions: int | None
+    """Positions that the model was made for; None where nothing ends."""
     num_tail_frames: int
     """Empty frames that a sample needs behind its last one when others follow it in a row: the longest delay."""
 
@@ -161,3 +163,9 @@ class Family(Protocol):
             UserError: a line and its context are too long for the model.
         """
         ...
+
+
+def target_rows(has_target_BT: torch.Tensor) -> torch.Tensor:
+    """Flat indices of positions that have a target; at least one, since every rank must run every layer."""
+    rows = has_target_BT.flatten().nonzero().flatten()
+    return rows if len(rows) else torch.zeros(1, dtype=torch.int64)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from finetune.codec import Codec
 from finetune.data.types import ABSENT, SAMPLE_RATE_HZ, Batch, Clip, Sample, send
 from finetune.errors import UserError
-from finetune.families.base import Adapter, LossTerm, Weights
+from finetune.families.base import Adapter, LossTerm, Weights, target_rows
 from finetune.families.moshi_files import find_files, open_weights, read_json
 from finetune.segments import extend_last, is_packed, positions, segment_attention
 from finetune.text_stream import TextStreamRules, build_text_stream, num_frames_of
@@ -93,6 +93,7 @@ class MoshiFamily:
     Args = MoshiArgs
     unit = "window"
     can_speak = False
+    max_positions = None
 
     def __init__(self, args: MoshiArgs, device: torch.device):
         self._args = args
@@ -195,8 +196,8 @@ class MoshiFamily:
         # A delayed stream's target of frame t stands at frame t + delay of the model's sequence.
         nowhere_BK1 = torch.zeros_like(weight_BKT[..., :1])
         has_target_BKT = delay_streams(self._delays, weight_BKT, nowhere_BK1, position_BT) > 0
-        text_rows = _some_rows(has_target_BKT[:, 0])
-        audio_rows = _some_rows(has_target_BKT[:, 1 : 1 + self._dep_q].any(1))
+        text_rows = target_rows(has_target_BKT[:, 0])
+        audio_rows = target_rows(has_target_BKT[:, 1 : 1 + self._dep_q].any(1))
         nll_BKT = model(
             send(batch.codes_BKT, device),
             send(text_rows, device),
@@ -388,9 +389,3 @@ def _load_tokenizer(path: Path | str | None) -> sentencepiece.SentencePieceProce
         return sentencepiece.SentencePieceProcessor(str(path))
     except (OSError, RuntimeError) as error:
         raise UserError(f"model.tokenizer_path: {path}: not a SentencePiece model ({error})") from error
-
-
-def _some_rows(mask_BT: torch.Tensor) -> torch.Tensor:
-    """Flat indices where the mask is set; at least one, since every rank must run every layer."""
-    rows = mask_BT.flatten().nonzero().flatten()
-    return rows if len(rows) else torch.zeros(1, dtype=torch.int64)

@@ -19,16 +19,17 @@ from torch import nn
 from finetune.codec import Codec
 from finetune.data.types import ABSENT, SAMPLE_RATE_HZ, Batch, Conversation, Sample, send
 from finetune.errors import UserError
-from finetune.families.base import Adapter, Line, SpeechChunk, Weights
+from finetune.families.base import Adapter, Line, SpeechChunk, Weights, target_rows
+from finetune.families.csm.config import MAX_POSITIONS
 from finetune.families.csm.export import read_adapter, write_adapter, write_sesame, write_transformers
 from finetune.families.csm.files import find_files, load_mimi, open_weights
 from finetune.families.csm.frames import loss_terms, loss_weights, turn_codes
-from finetune.families.csm.model import CsmModel, attend_causally
+from finetune.families.csm.model import CsmModel
 from finetune.families.csm.speaking import generate_codes, prompt_codes, stream_audio
 from finetune.families.csm.text import TurnTokenizer, check_template
 from finetune.families.csm.untrained import prepare_untrained
 from finetune.sampling import Sampling
-from finetune.segments import positions, segment_attention
+from finetune.segments import attend_causally, positions, segment_attention
 
 
 @dataclass
@@ -88,6 +89,7 @@ class CsmFamily:
     can_pack = True
     can_speak = True
     num_tail_frames = 0
+    max_positions = MAX_POSITIONS
 
     def __init__(self, args: CsmArgs, device: torch.device):
         self._args = args
@@ -138,8 +140,8 @@ class CsmFamily:
         """One pass of the backbone, and of the decoder over the frames that it learns from."""
         device = model.lm_head.weight.device
         weight_BKT = batch.loss_weight_BKT
-        semantic_rows = _some_rows(weight_BKT[:, 1] > 0)
-        acoustic_rows = _some_rows((weight_BKT[:, 2:] > 0).any(1))
+        semantic_rows = target_rows(weight_BKT[:, 1] > 0)
+        acoustic_rows = target_rows((weight_BKT[:, 2:] > 0).any(1))
         nll_BKT = model(
             send(batch.codes_BKT, device),
             send(semantic_rows, device),
@@ -230,9 +232,3 @@ class CsmFamily:
             audio_sec=sum(turn.wav_S.shape[-1] for turn in conversation.turns) / SAMPLE_RATE_HZ,
             path=conversation.path,
         )
-
-
-def _some_rows(mask_BT: torch.Tensor) -> torch.Tensor:
-    """Flat indices where the mask is set; at least one, since every rank must run every layer."""
-    rows = mask_BT.flatten().nonzero().flatten()
-    return rows if len(rows) else torch.zeros(1, dtype=torch.int64)

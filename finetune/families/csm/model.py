@@ -17,25 +17,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from finetune.families.csm.config import CsmConfig, RopeScaling, TransformerConfig
+from finetune.segments import Attend, attend_causally
 
 # Logits in one chunk: 256 MB in float32. A smaller matrix is kept for the backward pass, larger ones are made
 # again there.
 MAX_LOGITS = 1 << 26
-# Attention kernels put the batch into a grid dimension that ends at 65,535.
-MAX_ATTENTION_BATCH = 32768
-
-# Attention over queries, keys and values [B, H, T, D/H], with fewer heads of keys and values.
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def attend_causally(q_BHTD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor) -> torch.Tensor:
-    """Plain causal attention over whole sequences."""
-    grouped = q_BHTD.shape[1] != k_BHTD.shape[1]
-    parts = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        for q, k, v in zip(*(x.split(MAX_ATTENTION_BATCH) for x in (q_BHTD, k_BHTD, v_BHTD)), strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def rotary_rates(config: TransformerConfig, device: torch.device) -> torch.Tensor:
@@ -262,7 +248,8 @@ class CsmModel(nn.Module):
             attend: attention of the backbone; packed rows keep it inside their segments.
         """
         hidden_ND = self.hidden_states(codes_BKT, position_BT, attend).flatten(0, 1)
-        codes_KN = codes_BKT.transpose(0, 1).flatten(1)
+        # A batch without targets asks for a row that has no code; any valid one will do, for it has no weight.
+        codes_KN = codes_BKT.transpose(0, 1).flatten(1).clamp(min=0)
         semantic_nll = self._semantic_nll(hidden_ND[semantic_rows - 1], codes_KN[1, semantic_rows])
         acoustic_nll_KN = self._acoustic_nll(hidden_ND[acoustic_rows - 1], codes_KN[1:, acoustic_rows])
         empty_KN = semantic_nll.new_zeros(len(codes_KN), len(hidden_ND))
@@ -303,7 +290,8 @@ class CsmModel(nn.Module):
             mode="sum",
             per_sample_weights=present_NK.to(self.audio_embedding.weight.dtype),
         )
-        return x_BTD + audio_ND.unflatten(0, (batch_size, num_positions))
+        x_BTD = x_BTD + audio_ND.unflatten(0, (batch_size, num_positions))
+        return x_BTD.to(self.lm_head.weight.dtype)  # trained tables are float32 beside frozen layers of less
 
     def _semantic_nll(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
         def chunk_nll(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -324,7 +312,7 @@ class CsmModel(nn.Module):
 
 
 def _cross_entropy(logits_NV: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
-    """[N] in float32, without a copy of the logits in it where the GPU can do so."""
+    """[N] in float32."""
     return F.nll_loss(F.log_softmax(logits_NV, -1, dtype=torch.float32), target_N, reduction="none")
 
 

@@ -13,13 +13,12 @@ from moshi.models import MimiModel
 from finetune.data.types import ABSENT, send
 from finetune.errors import UserError
 from finetune.families.base import SpeechChunk
+from finetune.families.csm.config import MAX_POSITIONS
 from finetune.families.csm.frames import turn_codes
 from finetune.families.csm.model import CsmModel
 from finetune.families.csm.streaming import BackboneStream, DepthStream
 from finetune.sampling import Sampling, draw_uniform, row_generators, sample
 
-# What CSM-1B was trained on (SesameAILabs/csm `generator.py`).
-MAX_POSITIONS = 2048
 # Frames between two looks at whether all rows have ended. A look waits for the GPU.
 FRAMES_PER_CHECK = {"cuda": 8}
 

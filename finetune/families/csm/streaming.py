@@ -1,7 +1,7 @@
 """CSM one position at a time: keys and values of both transformers are kept instead of computed anew.
 
 The model's own layers compute, so adapters on them count. What is kept hangs on the one thing that a layer takes from
-outside, its attention (`Attend` in model.py).
+outside, its attention (`Attend` in segments.py).
 
 Shape legend: B batch, K codebooks, T positions, S slots of a cache, D width, H heads, G query heads that share a head
 of keys, V vocabulary.
@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from finetune.data.types import ABSENT, send
-from finetune.families.csm.model import Attend, CsmModel, attend_causally, rotary_tables
+from finetune.families.csm.model import CsmModel, rotary_tables
+from finetune.segments import Attend, attend_causally
 
 
 class Cache:
@@ -145,7 +146,7 @@ class DepthStream:
         """Logits [B, V] of the next codebook, given the one that the last logits were of."""
         self._codebook += 1
         offset = self._codebook * self._model.config.audio_vocab_size
-        embedded_B1D = self._model.audio_embedding(code_B[:, None] + offset)
+        embedded_B1D = self._model.audio_embedding(code_B[:, None] + offset).to(self._model.lm_head.weight.dtype)
         slot = self._codebook + 1  # the backbone's output comes first
         return self._run(embedded_B1D, slot, self._cache.attend_next(slot))
 
