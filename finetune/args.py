@@ -146,6 +146,7 @@ class GenerateArgs:
 
     def __post_init__(self) -> None:
         require(self.freq < 1 or bool(self.sentences), "sentences: empty; give some or set freq: 0")
+        require(all(text.strip() for text in self.sentences), "sentences: one of them is blank; write what to say")
         require(
             self.context_audio is None or bool(self.context_text.strip()),
             "context_text: empty; write what is said in context_audio",

@@ -8,6 +8,7 @@ repository. Several `--text` are spoken at once, each into its own file. `--cont
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import sphn
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
 from finetune import args as configuration
@@ -32,6 +34,8 @@ from finetune.sampling import Sampling
 
 # peft's; it names the base.
 ADAPTER_CONFIG = "adapter_config.json"
+# Ours, beside it: keys of the `model` section that the base's folder does not know.
+NOTES_FILE = "parley.json"
 
 
 @dataclass(frozen=True)
@@ -115,9 +119,50 @@ def _describe(path: Path, source: str, checkpoint: str | None, family_name: str)
         return replace(section, path=str(folder), architecture=None), None
     if checkpoint is not None:
         raise UserError(f"--checkpoint: {source} is not a run's folder (no args.yaml in it); leave --checkpoint out")
-    adapter = path if (path / ADAPTER_CONFIG).exists() else None
-    base = json.loads((path / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] if adapter else source
-    return args_class(family_name)(**({"path": base} if Path(base).exists() else {"hf_repo_id": base})), adapter
+    if (path / ADAPTER_CONFIG).exists():
+        base = base_of(path)
+        notes = _read_json(path / NOTES_FILE) if (path / NOTES_FILE).exists() else {}
+        said = f"{source}: its base {base} is not there; put it back, or name another in {ADAPTER_CONFIG}"
+        return _section(family_name, notes | _location(base, said)), path
+    said = f"{source}: neither a folder nor the name of a hub repository; check the path"
+    return _section(family_name, _location(source, said)), None
+
+
+def base_of(adapter: Path) -> str:
+    """The folder or the hub repository of an adapter's base.
+
+    Raises:
+        UserError: the adapter does not tell.
+    """
+    base = _read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path: {base!r} names no base; write it there")
+    return base
+
+
+def _location(address: str, otherwise: str) -> dict[str, str]:
+    """The key of the model section for a folder or a repository."""
+    if Path(address).exists():
+        return {"path": address}
+    try:
+        validate_repo_id(address)
+    except HFValidationError as error:
+        raise UserError(otherwise) from error
+    return {"hf_repo_id": address}
+
+
+def _section(family_name: str, settings: dict[str, Any]) -> Any:
+    return configuration.decode(args_class(family_name), settings, "model")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); save the adapter again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object; save the adapter again")
+    return content
 
 
 def _consolidated(run_dir: Path, checkpoint: str | None) -> Path:
@@ -150,12 +195,51 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _check(args: argparse.Namespace) -> None:
+    if not all(text.strip() for text in args.text):
+        raise UserError("--text: one of them is blank; write what to say")
+    if bool(args.context_audio) != bool(args.context_text.strip()):
+        raise UserError(
+            "--context-audio and --context-text: one without the other; give the clip and what is said in it"
+        )
+    if not 0 < args.max_sec < math.inf:
+        raise UserError(f"--max-sec: {args.max_sec} is not a number of seconds above 0")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown device and for an absent one
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device: {args.device}: no device of this machine ({reason}); give cpu or cuda") from error
+
+
+def _outputs(output: Path, count: int) -> list[Path]:
+    """A WAV file for each text."""
+    if output.suffix.lower() != ".wav":
+        raise UserError(f"--output: {output} does not end in .wav; only WAV files are written")
+    refuse_files(output.parent)
+    outputs = [output] if count == 1 else [output.with_stem(f"{output.stem}_{n}") for n in range(1, count + 1)]
+    for path in (output, *outputs):
+        if path.is_dir():
+            raise UserError(f"--output: {path} is a folder; give a file")
+    return outputs
+
+
+def refuse_files(folder: Path) -> None:
+    """Raise UserError unless this is a folder or can be made one."""
+    for path in (folder, *folder.parents):
+        if path.exists():
+            if path.is_dir():
+                return
+            raise UserError(f"--output: {path} is a file; give a folder")
+
+
 def run(args: argparse.Namespace) -> None:
     """Speak what the command line says, and tell what came of it."""
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from error
+    _check(args)
+    outputs = _outputs(args.output, len(args.text))
     context = [read_context(args.context_audio, args.context_text, args.speaker)] if args.context_audio else []
     device = torch.device(args.device)
     family, model = open_model(args.source, device=device, checkpoint=args.checkpoint, family_name=args.family)
@@ -163,8 +247,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.source}: its family does not speak texts; use moshi.run_inference")
     lines = [Line(text, args.speaker, context) for text in args.text]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    for number, speech in enumerate(speak(family, model, lines, sampling, args.max_sec), 1):
-        output = args.output if len(lines) == 1 else args.output.with_stem(f"{args.output.stem}_{number}")
+    for output, speech in zip(outputs, speak(family, model, lines, sampling, args.max_sec), strict=True):
         sphn.write_wav(str(output), speech.wav_S, SAMPLE_RATE_HZ)
         figures = judge(speech.wav_S, speech.ended)
         how = "ended by itself" if speech.ended else "cut off"

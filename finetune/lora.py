@@ -12,6 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from finetune.args import LoraArgs
+from finetune.errors import UserError
+
+# The ends of the names of an adapter's halves.
+_FIRST, _SECOND = ".lora_A.weight", ".lora_B.weight"
 
 
 class LoRALinear(nn.Linear):
@@ -80,13 +84,37 @@ def merged_weight(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tens
 
 @torch.no_grad()
 def merge_into(model: nn.Module, tensors: Mapping[str, torch.Tensor], scaling: float) -> None:
-    """Add saved adapters to the weights of a model without adapters, and take over what else was trained."""
+    """Add saved adapters to the weights of a model without adapters, and take over what else was trained.
+
+    Raises:
+        UserError: they are not of this model, or none; the model is then as it was.
+    """
     parameters = dict(model.named_parameters())
+    _check_adapters(parameters, tensors)
     for name, tensor in tensors.items():
-        layer, is_first_half, _ = name.partition(".lora_A.weight")
+        layer, is_first_half, _ = name.partition(_FIRST)
         if is_first_half:
             weight = parameters[f"{layer}.weight"]
-            second = tensors[f"{layer}.lora_B.weight"]
+            second = tensors[f"{layer}{_SECOND}"]
             weight.copy_(merged_weight(weight, tensor.to(weight.device), second.to(weight.device), scaling))
-        elif not name.endswith(".lora_B.weight"):
+        elif not name.endswith(_SECOND):
             parameters[name].copy_(tensor)
+
+
+def _check_adapters(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    if not tensors:
+        raise UserError("the adapter holds no tensors; save it again")
+    for name, tensor in tensors.items():
+        layer = name.removesuffix(_FIRST).removesuffix(_SECOND)
+        is_half = layer != name
+        weight = parameters.get(f"{layer}.weight" if is_half else name)
+        if weight is None:
+            raise UserError(f"the adapter's {name} belongs to no layer of this model; give the model it was trained on")
+        halves = [tensors.get(f"{layer}{half}") for half in (_FIRST, _SECOND)] if is_half else [tensor]
+        shapes = [tuple(half.shape) for half in halves if half is not None]
+        if len(shapes) < len(halves):
+            raise UserError(f"the adapter holds one half of {layer} alone; save it again")
+        fits = [(shapes[0][0], weight.shape[1]), (weight.shape[0], shapes[0][0])] if is_half else [tuple(weight.shape)]
+        if shapes != fits:
+            said = f"the adapter's {layer} has the shapes {shapes}, this model takes {fits}"
+            raise UserError(f"{said}; give the model it was trained on")

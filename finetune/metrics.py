@@ -180,9 +180,13 @@ class Report:
                     self._tensorboard.add_scalar(key, value, step)
             if self._wandb is not None:
                 self._wandb.log({f"samples/{name}": _wandb_audio(sample), **scalars}, step=step)
-        ended = sum(sample["ended"] for sample in samples.values())
-        silent = max(sample["silent_share"] for sample in samples.values())
-        said = f"{len(samples)} spoken, {ended:.0f} ended by themselves, at most {silent:.0%} silent"
+        length_sec, silent, ended = (
+            sum(sample[key] for sample in samples.values()) / len(samples)
+            for key in ("length_sec", "silent_share", "ended")
+        )
+        said = (
+            f"{len(samples)} spoken: {length_sec:.1f} s and {silent:.0%} silent on average, {ended:.0%} came to an end"
+        )
         self._say(f"samples step {step}/{self._max_steps}  {said}")
 
     def _show(self, kind: str, step: int, record: dict[str, float]) -> None:

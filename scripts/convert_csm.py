@@ -24,13 +24,18 @@ from finetune.families.csm.files import (
     find_tokenizer,
     load_mimi,
     read_state,
+    settle,
 )
+from finetune.families.csm.text import BOS_TOKEN, EOS_TOKEN, TEXT_TEMPLATE, TurnTokenizer, check_template
+from finetune.generate import refuse_files
 
 # What the messages of the library call these options.
 _OPTIONS = {
     "model.mimi_config_path": "--mimi-config",
     "model.mimi_path": "--mimi",
     "model.tokenizer_path": "--tokenizer",
+    "model.bos_token": "--bos-token",
+    "model.eos_token": "--eos-token",
     "model.hf_repo_id": "SOURCE",
     "model.path": "SOURCE",
 }
@@ -45,9 +50,9 @@ class Source:
     mimi_path: str | None = None
     mimi_config_path: str | None = None
     tokenizer_path: str | None = None
-    text_template: str = "[{speaker}]{text}"
-    bos_token: str = "<|begin_of_text|>"
-    eos_token: str = "<|end_of_text|>"
+    text_template: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
 
 
 def convert(source: Source, layout: str, output: Path, dtype: torch.dtype | None) -> None:
@@ -57,13 +62,16 @@ def convert(source: Source, layout: str, output: Path, dtype: torch.dtype | None
         dtype: of the weights there; None keeps that of the source. The codec is float32 always.
 
     Raises:
-        UserError: a file is missing or wrong.
+        UserError: a file or an option is missing or wrong.
     """
-    if source.path is not None and output.exists():
-        path = Path(source.path)
-        if output.samefile(path.parent if path.is_file() else path):
-            raise UserError(f"--output: {output} is the source itself; give another folder")
+    _check_options(source, output)
     checkpoint = find_files(source) if layout == "transformers" else find_checkpoint(source)
+    settings = settle(source, checkpoint.place)
+    tokenizer_path = (
+        checkpoint.tokenizer_path if isinstance(checkpoint, CsmFiles) else find_tokenizer(source, checkpoint.place)
+    )
+    if tokenizer_path is not None:
+        TurnTokenizer.of(tokenizer_path, settings)  # checks the tokens
     state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in read_state(checkpoint).items()}
     output.mkdir(parents=True, exist_ok=True)
     if isinstance(checkpoint, CsmFiles):
@@ -71,7 +79,20 @@ def convert(source: Source, layout: str, output: Path, dtype: torch.dtype | None
         write_transformers(output, state, checkpoint.config, mimi, checkpoint)
         return
     write = write_sesame if layout == "sesame" else write_csm_hf
-    write(output, state, checkpoint.config, find_tokenizer(source, checkpoint.place))
+    write(output, state, checkpoint.config, tokenizer_path, settings)
+
+
+def _check_options(source: Source, output: Path) -> None:
+    refuse_files(output)
+    if source.path is not None and output.exists():
+        path = Path(source.path)
+        if output.samefile(path.parent if path.is_file() else path):
+            raise UserError(f"--output: {output} is the source itself; give another folder")
+    if source.text_template is not None:
+        try:
+            check_template(source.text_template)
+        except ValueError as error:
+            raise UserError(f"--{str(error).replace('_', '-', 1)}") from error
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -89,10 +110,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=["keep", "float32", "bfloat16"], default="keep", help="type of the weights (default: keep)"
     )
-    template, bos, eos = Source.text_template, Source.bos_token, Source.eos_token
-    parser.add_argument("--text-template", default=template, help="how turns are written (default: %(default)s)")
-    parser.add_argument("--bos-token", default=bos, help="token before a turn's text (default: %(default)s)")
-    parser.add_argument("--eos-token", default=eos, help="token behind a turn's text (default: %(default)s)")
+    own = "default: the source's own, or"
+    parser.add_argument("--text-template", help=f"how turns are written ({own} {TEXT_TEMPLATE})")
+    parser.add_argument("--bos-token", help=f"token before a turn's text ({own} {BOS_TOKEN})")
+    parser.add_argument("--eos-token", help=f"token behind a turn's text ({own} {EOS_TOKEN})")
     return parser.parse_args()
 
 

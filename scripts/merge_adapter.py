@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from finetune.errors import UserError
 from finetune.families.moshi import ADAPTER_FILE, MERGED_FILE
-from finetune.generate import ADAPTER_CONFIG, open_model
+from finetune.generate import ADAPTER_CONFIG, base_of, open_model, refuse_files
 
 
 def merge_csm(consolidated: Path, output: Path, dtype: torch.dtype) -> None:
@@ -42,6 +42,16 @@ def merge_moshi(consolidated: Path, output: Path, dtype: torch.dtype) -> None:
     (output / "config.json").write_text(json.dumps(merged, indent=2))
 
 
+def _check_output(consolidated: Path, output: Path) -> None:
+    refuse_files(output)
+    is_csm = (consolidated / ADAPTER_CONFIG).is_file()
+    config = {} if is_csm else json.loads((consolidated / "config.json").read_text())
+    base = Path(base_of(consolidated) if is_csm else config.get("moshi_name", consolidated))
+    for name, folder in (("adapter", consolidated), ("base", base.parent if base.is_file() else base)):
+        if output.exists() and folder.exists() and output.samefile(folder):
+            raise UserError(f"--output: {output} is the {name}'s own folder; give another one")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("consolidated", type=Path, help="folder of the adapter")
@@ -55,6 +65,7 @@ def main() -> int:
         print(f"error: {said}; give the consolidated folder of a LoRA run's checkpoint", file=sys.stderr)
         return 2
     try:
+        _check_output(args.consolidated, args.output)
         merge(args.consolidated, args.output, getattr(torch, args.dtype))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -126,6 +126,33 @@ def test_masked_speakers_are_context(tmp_path):
     check_counts(dataset)
 
 
+@pytest.mark.parametrize("spelling", ["speaker_1", "1.0", " 1", 1, "SPEAKER_USER"])
+def test_a_masked_speaker_may_be_spelled_in_any_way(spelling, tmp_path):
+    for speaker in (1, 1.0, "speaker_1", "1.0"):
+        write_audio(tmp_path / "a.wav", volumes=(0.5,))
+        rows = [{"path": "a.wav", "speaker": each} for each in (speaker, 0)]
+        (conversation,) = read_all(open_dataset(write_rows(tmp_path, *rows), mask_speaker_ids=[spelling]))
+        assert [turn.speaker for turn in conversation.turns] == ["0"]
+
+
+def test_a_masked_speaker_who_says_nothing_is_named(tmp_path):
+    spec = write_talk(tmp_path, 0.5, 0.5)
+    says = r"^data\.mask_speaker_ids: no turn of data\.train_data has the speaker 'Ann'; write some of 0, 1$"
+    with pytest.raises(UserError, match=says):
+        open_dataset(spec, mask_speaker_ids=["speaker_0", "Ann"])
+    settings = {"max_frames": 99, "context_turns": 0, "mask_speaker_ids": ["Ann"], "max_audio_sec": None}
+    settings = {"frame_sec": 0.08, "on_error": "fail", "num_workers": 1, "count_text": count_text, **settings}
+    assert ConversationDataset.open(spec, "data.eval_data", **settings).num_windows == 1  # she may be in the other
+
+
+def test_turns_without_audio_are_counted(tmp_path, caplog):
+    write_audio(tmp_path / "a.wav", volumes=(0.5,))
+    spec = write_rows(tmp_path, {"path": None}, {"path": "a.wav"}, {"path": ""})
+    with caplog.at_level(logging.INFO, "parley"):
+        open_dataset(spec)
+    assert caplog.messages == [f"{KEY}: {spec}: 2 of 3 turns have no audio and are context"]
+
+
 # Windows
 
 
@@ -260,6 +287,7 @@ def spoil(folder: Path, how: str) -> dict:
     path = folder / "bad.wav"
     write_audio(path, volumes=(0.5,) * 3 if how == "three channels" else (0.5,))
     times = {"late": {"end": 1.5}, "after": {"start": 1.02}, "backwards": {"start": 0.5, "end": 0.2}}.get(how, {})
+    times = {"brief": {"end": 0.0001}, "far": {"start": 1e308}}.get(how, times)
     if how == "missing":
         path.unlink()
     elif how == "undecodable":
@@ -280,6 +308,8 @@ KNOWN_AT_START = {
     "three channels": "has 3 channels; keep one or two",
     "late": "lasts 1.00 s, but a turn ends at 1.50 s; mend start and end",
     "after": "has no audio from 1.02 s to 1 s; mend start and end",
+    "brief": "from 0 s to 0.0001 s is shorter than one frame (0.08 s); mend start and end",
+    "far": "has no audio from 1e+308 s to 1 s; mend start and end",
     "backwards": "has no audio from 0.5 s to 0.2 s; mend start and end",
 }
 KNOWN_WHEN_READ = {
@@ -309,6 +339,22 @@ def test_bad_files_stop_the_run_or_are_skipped(how, tmp_path, caplog):
     (warning,) = caplog.messages
     assert warning.startswith(f"warning: skipped: {line}")
     assert says in warning
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("~nosuch/a.wav", "~nosuch/a.wav: there is no such user's home folder; write the whole path"),
+        ("a" * 5000, "a" * 300 + ": File name too long; mend the path"),
+        ("a\0.wav", "no such file; mend the path"),
+    ],
+)
+def test_impossible_paths_are_one_line(name, says, tmp_path):
+    with pytest.raises(UserError) as refused:
+        open_dataset(write_rows(tmp_path, {"path": name}))
+    assert str(refused.value).startswith(f"{KEY}: {tmp_path}/rows.jsonl line 1: ")
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_bad_turn_takes_its_whole_conversation_along(tmp_path, caplog):

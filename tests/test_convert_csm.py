@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -129,34 +130,28 @@ def test_one_weights_file_is_enough_of_a_source(original, tmp_path, monkeypatch)
 def break_nothing(folder: Path) -> None: ...
 
 
-def break_config(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
 
 
-def drop_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
+def drop(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
 
 
-def empty_config(folder: Path) -> None:
-    (folder / "config.json").write_text("{}")
+def set_to(key: str, value: object) -> Callable[[Path], None]:
+    """Write a value, null included, into config.json."""
+
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+
+    return damage
 
 
 def drop_a_key(folder: Path) -> None:
-    change_config(folder, "num_codebooks", None)
-
-
-def change_width(folder: Path) -> None:
-    change_config(folder, "intermediate_size", 32)
-
-
-def change_config(folder: Path, key: str, value: object) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config.pop(key)
-    (folder / "config.json").write_text(json.dumps(config | ({} if value is None else {key: value})))
-
-
-def break_weights(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"no tensors")
+    del config["num_codebooks"]
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def drop_a_tensor(folder: Path) -> None:
@@ -174,10 +169,6 @@ def code_in_a_pickle(folder: Path) -> None:
     torch.save({"model": Path("/")}, folder / "ckpt.pt")
 
 
-def drop_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
 @pytest.mark.parametrize(
     ("damage", "options", "says"),
     [
@@ -185,16 +176,30 @@ def drop_weights(folder: Path) -> None:
         (break_nothing, ["--tokenizer", "nothing.json"], "--tokenizer: nothing.json: no such file"),
         (break_nothing, ["--tokenizer", "hf://someone"], "write hf://owner/repo/file"),
         (break_nothing, ["--mimi", str(QUICKSTART / "tiny_mimi.safetensors")], "the codec has 2048 entries"),
-        (break_config, [], "config.json: cannot be read as JSON"),
-        (drop_config, [], "no config.json in it"),
-        (empty_config, [], "has none of depth_decoder_config"),
+        (write("config.json", "{"), [], "config.json: cannot be read as JSON"),
+        (drop("config.json"), [], "no config.json in it"),
+        (write("config.json", "{}"), [], "has none of depth_decoder_config"),
         (drop_a_key, [], "lacks num_codebooks"),
-        (change_width, [], "by config.json [32,"),
-        (break_weights, [], "not a safetensors file"),
+        (set_to("intermediate_size", 32), [], "by config.json [32,"),
+        (set_to("num_hidden_layers", 1), [], "backbone_model.layers.1.input_layernorm.weight is of no model"),
+        (set_to("hidden_size", "abc"), [], "hidden_size: 'abc' of config.json is not a whole number"),
+        (set_to("hidden_size", None), [], "hidden_size: None of config.json is not a whole number"),
+        (set_to("num_attention_heads", 0), [], "num_attention_heads: 0 of config.json is not a whole number"),
+        (set_to("num_attention_heads", 5), [], "with 5 heads over 2 is no transformer of CSM's"),
+        (set_to("rms_norm_eps", "x"), [], "rms_norm_eps: 'x' of config.json is not a number"),
+        (set_to("depth_decoder_config", None), [], "depth_decoder_config: None of config.json is not a section"),
+        (set_to("rope_scaling", "x"), [], "rope_scaling: 'x' of config.json is not a section"),
+        (set_to("transformers_weights", 3), [], "transformers_weights: 3 of config.json names no file"),
+        (write("model.safetensors.index.json", '{"weight_map": ["a"]}'), [], "weight_map names no files"),
+        (break_nothing, ["--text-template", "{speaker}"], "--text-template: '{speaker}' must hold {text}"),
+        (break_nothing, ["--text-template", "{text!x}"], "--text-template: '{text!x}' must hold plain {text}"),
+        (break_nothing, ["--bos-token", "<s>"], "--bos-token: '<s>' is not a token of"),
+        (break_nothing, ["--eos-token", "<s>"], "--eos-token: '<s>' is not a token of"),
+        (write("model.safetensors", "no tensors"), [], "not a safetensors file"),
         (drop_a_tensor, [], "lack lm_head.weight"),
         (another_model, [], "not a CSM"),
         (code_in_a_pickle, [], "not a file of plain tensors"),
-        (drop_weights, [], "no model.safetensors in it"),
+        (drop("model.safetensors"), [], "no model.safetensors in it"),
     ],
 )
 def test_an_error_is_one_line(tmp_path, monkeypatch, capsys, exported_tiny, damage, options, says):
@@ -209,6 +214,22 @@ def test_an_error_is_one_line(tmp_path, monkeypatch, capsys, exported_tiny, dama
     assert line.startswith("error: ")
     assert says in line
     assert not (tmp_path / "there" / "config.json").exists()
+
+
+@pytest.mark.parametrize("layout", ["sesame", "csm_hf"])
+def test_tokens_are_checked_wherever_a_tokenizer_is_written(exported_tiny, tmp_path, monkeypatch, capsys, layout):
+    options = ["--to", layout, "--output", tmp_path / "there"]
+    assert run(monkeypatch, exported_tiny, *options, "--bos-token", "<s>") == 2
+    assert "--bos-token: '<s>' is not a token of" in capsys.readouterr().err
+    assert run(monkeypatch, exported_tiny, *options, "--text-template", "{speaker}: {text}") == 0
+    assert json.loads((tmp_path / "there" / "parley.json").read_text())["text_template"] == "{speaker}: {text}"
+
+
+def test_an_output_must_be_a_folder(exported_tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert run(monkeypatch, exported_tiny, "--to", "sesame", "--output", output) == 2
+        assert "file is a file; give a folder" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
-"""What leaves CSM training gives the same numbers in transformers, in Sesame's model of torchtune, and under peft."""
+"""What leaves CSM training gives the same numbers in transformers and under peft, and says what the next run needs."""
 
 import json
+import re
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 import sphn
 import torch
 from moshi.models import loaders
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from conftest import CPU, QUICKSTART
@@ -19,9 +19,10 @@ from finetune.errors import UserError
 from finetune.families.base import Adapter
 from finetune.families.csm import codec_names
 from finetune.families.csm.config import CsmConfig, TransformerConfig
-from finetune.families.csm.export import read_adapter, write_adapter, write_csm_hf, write_sesame, write_transformers
-from finetune.families.csm.files import find_companions, find_files, load_mimi, open_weights, read_state
+from finetune.families.csm.export import read_adapter, write_adapter, write_sesame, write_transformers
+from finetune.families.csm.files import find_companions, find_files, load_mimi, read_state, settle
 from finetune.families.csm.model import CsmModel
+from finetune.families.csm.places import folder_place
 from finetune.families.csm.text import TurnTokenizer
 from finetune.lora import add_adapters, merge_into
 
@@ -31,6 +32,7 @@ MIMI, MIMI_CONFIG = QUICKSTART / "tiny_mimi.safetensors", QUICKSTART / "tiny_mim
 TINY = CsmConfig(512, 515, 4, TransformerConfig(64, 96, 2, 4, 2), TransformerConfig(32, 64, 2, 4, 2))
 AUDIO_TABLE = "backbone_model.embed_tokens.embed_audio_tokens.weight"
 FRAME = 1920
+OWN_TURNS = {"text_template": "<{speaker}> {text}", "bos_token": "<|end_of_text|>", "eos_token": "<|begin_of_text|>"}
 
 
 @dataclass
@@ -42,9 +44,9 @@ class Paths:
     mimi_path: str | None = str(MIMI)
     mimi_config_path: str | None = str(MIMI_CONFIG)
     tokenizer_path: str | None = str(QUICKSTART / "tokenizer.json")
-    text_template: str = "[{speaker}]{text}"
-    bos_token: str = "<|begin_of_text|>"
-    eos_token: str = "<|end_of_text|>"
+    text_template: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +163,7 @@ def test_the_processor_writes_turns_as_training_does(exported, theirs, model, sp
     ]
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
     companions = find_companions(Paths())
-    tokenizer = TurnTokenizer(
-        companions.tokenizer_path, companions.text_template, companions.bos_token, companions.eos_token
-    )
+    tokenizer = TurnTokenizer.of(companions.tokenizer_path, companions.settings)
     mimi = load_mimi(companions, 4, CPU)
     with torch.no_grad():
         codes_KT = torch.cat(
@@ -242,12 +242,7 @@ def drop_spare(content: dict) -> None:
 @pytest.mark.parametrize(("change", "ids"), [(rename_as_llama, [510, 511]), (drop_spare, [510, 511])])
 def test_a_tokenizer_without_audio_gets_it(model, tmp_path, change, ids):
     (tmp_path / "base").mkdir()
-    own_turns = {
-        "text_template": "<{speaker}> {text}",
-        "bos_token": "<|end_of_text|>",
-        "eos_token": "<|begin_of_text|>",
-    }
-    paths = Paths(tokenizer_path=str(edited_tokenizer(tmp_path / "base", change)), **own_turns)
+    paths = Paths(tokenizer_path=str(edited_tokenizer(tmp_path / "base", change)), **OWN_TURNS)
     companions = find_companions(paths)
     write_transformers(tmp_path, model.state_dict(), TINY, load_mimi(companions, 4, CPU), companions)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -269,39 +264,52 @@ def test_no_room_for_audio_is_said_and_the_model_saved(model, tmp_path, caplog):
     assert transformers.CsmForConditionalGeneration.from_pretrained(tmp_path).config.audio_token_id is None
 
 
-# Sesame and csm-hf
+# What a folder hands on
 
 
-@pytest.mark.parametrize("layout", ["sesame", "csm_hf", "ckpt"])
-def test_rows_of_every_layout(model, tmp_path, layout):
-    """A rank reads its rows alone, also where they start inside a head."""
-    state = model.state_dict()
-    if layout == "csm_hf":
-        write_csm_hf(tmp_path, state, TINY)
+@pytest.mark.parametrize("layout", ["transformers", "sesame"])
+def test_an_export_hands_on_how_turns_are_written_and_what_is_set_wins(exported, tmp_path, monkeypatch, layout):
+    files = find_files(Paths(str(exported), **OWN_TURNS))
+    state, mimi = read_state(files), load_mimi(files, 4, CPU)
+    if layout == "sesame":
+        write_sesame(tmp_path, state, TINY, files.tokenizer_path, files.settings)
     else:
-        write_sesame(tmp_path, state, TINY)
-    if layout == "ckpt":
-        torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "ckpt.pt")
-        (tmp_path / "model.safetensors").unlink()
-    files = find_files(Paths(str(tmp_path)))
-    assert (files.config, files.layout) == (TINY, layout.replace("ckpt", "sesame"))
-    with ExitStack() as opened:
-        weights = open_weights(files, opened)
-        assert weights.names == state.keys()
-        for name, tensor in state.items():
-            for start, stop in [(0, len(tensor)), (3, len(tensor) - 5), (7, 8), (2, 2)]:
-                assert torch.equal(weights.read(name, start, stop), tensor[start:stop]), name
+        write_transformers(tmp_path, state, TINY, mimi, files)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    alone = Paths(str(tmp_path), mimi_path=None, mimi_config_path=None, tokenizer_path=None)
+    again = find_files(alone)
+    assert {key: getattr(again.settings, key) for key in OWN_TURNS} == OWN_TURNS
+    assert again.settings.mimi_path == (str(MIMI) if layout == "sesame" else None)
+    assert again.mimi_config["quantizer"]["bins"] == 512
+    reset = find_files(replace(alone, text_template="[{speaker}]{text}"))
+    assert reset.settings == replace(again.settings, text_template="[{speaker}]{text}")
+    (tmp_path / "next").mkdir()
+    write_transformers(tmp_path / "next", state, TINY, mimi, reset)
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "next")
+    message = {"role": "5", "content": [{"type": "text", "text": "Hi"}]}
+    assert processor.apply_chat_template([message]) == "<|end_of_text|>[5]Hi<|begin_of_text|>"
 
 
-def test_csm_1b_has_sesames_own_config(tmp_path):
-    write_sesame(tmp_path, {}, CsmConfig())
-    assert json.loads((tmp_path / "config.json").read_text()) == {
-        "text_vocab_size": 128_256,
-        "audio_vocab_size": 2051,
-        "audio_num_codebooks": 32,
-        "backbone_flavor": "llama-1B",
-        "decoder_flavor": "llama-100M",
-    }
+def test_another_codec_comes_without_the_noted_ones_configuration(exported, model, tmp_path):
+    write_sesame(tmp_path, model.state_dict(), TINY, None, find_files(Paths(str(exported))).settings)
+    settings = settle(Paths(mimi_path="other.safetensors", mimi_config_path=None), folder_place(tmp_path, "model.path"))
+    assert (settings.mimi_path, settings.mimi_config_path) == ("other.safetensors", None)
+
+
+@pytest.mark.parametrize(
+    ("notes", "says"),
+    [
+        ("[]", "holds no JSON object"),
+        ('{"text_template": 3}', "parley.json: text_template: 3 is not a text"),
+        ('{"mood": "x"}', "parley.json: mood"),
+        ('{"text_template": "{speaker}"}', "must hold {text}"),
+    ],
+)
+def test_broken_notes_are_one_line(model, tmp_path, notes, says):
+    write_sesame(tmp_path, model.state_dict(), TINY)
+    (tmp_path / "parley.json").write_text(notes)
+    with pytest.raises(UserError, match=re.escape(says)):
+        find_files(Paths(str(tmp_path)))
 
 
 # Adapters
@@ -352,6 +360,9 @@ def test_peft_loads_the_adapter_and_agrees(exported, theirs, model, tmp_path, ca
     assert {name.removesuffix(".lora_A") for name in names} == wanted
     assert_same(their_logits(adapted.merge_and_unload(), codes_BKT), expected, 1e-5)
     assert transformers.AutoProcessor.from_pretrained(tmp_path).audio_token_id == 510
+    notes = json.loads((tmp_path / "parley.json").read_text())
+    assert (notes["mimi_path"], notes["text_template"]) == (str(MIMI), "[{speaker}]{text}")
+    assert notes["tokenizer_path"] == str(QUICKSTART / "tokenizer.json")
     again, read = read_adapter(tmp_path)
     assert again == adapter
     assert_equal_states(read, tensors)
@@ -363,4 +374,20 @@ def test_adapters_of_another_kind_are_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOHA"}))
     save_file({}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="LOHA"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"r": None}, "r: None of"),
+        ({"r": "4"}, "r: '4' of"),
+        ({"lora_alpha": "8"}, "lora_alpha: '8' of"),
+        ({"lora_dropout": "x"}, "lora_dropout: 'x' of"),
+    ],
+)
+def test_an_adapter_without_its_numbers_is_one_line(tmp_path, change, says):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8} | change))
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=says):
         read_adapter(tmp_path)

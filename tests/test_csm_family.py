@@ -15,7 +15,7 @@ from finetune.errors import UserError
 from finetune.families import args_class
 from finetune.families.base import Line
 from finetune.families.csm.family import CsmArgs, CsmFamily
-from finetune.generate import speak
+from finetune.generate import open_model, read_context, speak
 from finetune.loss import denominators, local_loss, stream_sums, summarize
 from finetune.parallel import materialize
 from finetune.sampling import Sampling
@@ -119,6 +119,9 @@ def test_text_follows_the_template(tiny_csm):
     [
         ({"text_template": "{speaker}"}, "text_template"),
         ({"text_template": "[{speaker}]{text}{mood}"}, "text_template"),
+        ({"text_template": "{text!x}"}, "text_template: '{text!x}' must hold plain"),
+        ({"text_template": "{text:d}"}, "text_template: '{text:d}' must hold plain"),
+        ({"text_template": "{speaker!r}{text}"}, "text_template"),
         ({"amortization": 0}, "amortization: 0 is below 1"),
         ({"first_codebook_weight_multiplier": 1.0, "decoder_loss_weight": 0.5}, "decoder_loss_weight: set beside"),
         ({"decoder_loss_weight": 1.5}, "decoder_loss_weight: 1.5"),
@@ -211,7 +214,7 @@ def test_an_adapter_file_of_a_run_is_the_trained_model_in_peft(csm_config, tmp_p
     assert (saved["r"], saved["lora_alpha"], saved["use_rslora"]) == (4, 8.0, True)
     base = transformers.CsmForConditionalGeneration.from_pretrained(csm_config["model"]["path"], dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, folder).eval()
-    args, family, model, _ = build(csm_config, tmp_path, **settings)
+    _, family, model, _ = build(csm_config, tmp_path, **settings)
     _, tensors = family.read_adapter(folder)
     model.load_state_dict(tensors, strict=False)
     codes_BKT = torch.randint(1, 500, (1, 5, 12))
@@ -284,9 +287,12 @@ def test_samples_are_spoken_judged_and_kept(csm_config, tmp_path):
         "finetuning": "full",
         "parallel": {"strategy": "fsdp"},
         "tensorboard": True,
+        "do_ckpt": True,
         "generate": {
             "freq": 2,
             "max_sec": 0.4,
+            "temperature": 0.7,
+            "seed": 5,
             "sentences": ["hello"],
             "context_audio": str(SPEECH[0]),
             "context_text": TEXTS[0],
@@ -305,6 +311,22 @@ def test_samples_are_spoken_judged_and_kept(csm_config, tmp_path):
         assert line["length_sec"] <= 0.4
         assert line.keys() >= {"silent_share", "ended", "peak", "clipped_share"}
         assert (tmp_path / "run" / line["path"]).with_suffix(".txt").read_text() == "hello\n"
+    # The last ones are what the checkpoint says of the same line with the same settings, and of none other.
+    context, asked = [read_context(SPEECH[0], TEXTS[0], "0")], Sampling(temperature=0.7, seed=5)
+    family, model = open_model(str(tmp_path / "run"), device=CPU)
+
+    def spoken(context: list[Turn], sampling: Sampling) -> np.ndarray:
+        return speak(family, model, [Line("hello", "0", context)], sampling, 0.4)[0].wav_S
+
+    def is_same(one_S: np.ndarray, other_S: np.ndarray) -> bool:
+        return one_S.shape == other_S.shape and np.allclose(one_S, other_S, atol=1e-3)
+
+    for line, said in zip(lines[2:], ([], context), strict=True):
+        wav_S = sphn.read(str(tmp_path / "run" / line["path"]))[0][0]
+        assert is_same(wav_S, spoken(said, asked))
+        others = [([], asked)] if said else [(context, asked)]
+        others += [(said, Sampling(seed=5)), (said, Sampling(temperature=0.7))]
+        assert not any(is_same(wav_S, spoken(*other)) for other in others)
 
 
 def test_speaking_while_training_leaves_the_training_as_it_is(csm_config, tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 
 from finetune.args import LoraArgs, OptimArgs
 from finetune.errors import UserError
-from finetune.lora import LoRALinear, adapted_layers, add_adapters, initial_adapter_weight, merged_weight
+from finetune.lora import LoRALinear, adapted_layers, add_adapters, initial_adapter_weight, merge_into, merged_weight
 from finetune.optim import build_optimizer, build_schedule, clip_gradients
 
 
@@ -110,6 +110,31 @@ def test_adapters_go_inside_what_was_chosen_and_nowhere_else():
     add_adapters(model, LoraArgs(rank=1), [model["a"]])
     assert set(adapted_layers(model)) == {"a.0", "a.1"}
     assert type(model["b"]) is nn.Linear
+
+
+FIRST, SECOND = {"0.lora_A.weight": torch.ones(2, 4)}, {"0.lora_B.weight": torch.ones(3, 2)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({}, "holds no tensors"),
+        (FIRST, "one half of 0 alone"),
+        (SECOND, "one half of 0 alone"),
+        (FIRST | {"0.lora_B.weight": torch.ones(2, 3)}, "0 has the shapes"),
+        (FIRST | SECOND | {"7.lora_A.weight": torch.ones(2, 4)}, r"7\.lora_A\.weight belongs to no layer"),
+        (FIRST | SECOND | {"1.weight": torch.ones(4, 3)}, r"1\.weight has the shapes"),
+        (FIRST | SECOND | {"table.weight": torch.ones(4, 3)}, r"table\.weight belongs to no layer"),
+    ],
+)
+def test_an_adapter_of_another_model_is_one_line_and_changes_nothing(tensors, says):
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False))
+    before = model[0].weight.clone()
+    with pytest.raises(UserError, match=says):
+        merge_into(model, tensors, 1.0)
+    assert torch.equal(model[0].weight, before)
+    merge_into(model, FIRST | SECOND, 0.5)
+    torch.testing.assert_close(model[0].weight, before + 1)
 
 
 def test_eight_bit_states_train_like_adamw_and_obey_the_schedule():

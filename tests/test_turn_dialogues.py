@@ -6,9 +6,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from conftest import QUICKSTART
 from finetune.data.manifest import Recording
 from finetune.data.turn_dialogues import dialogue_turns, group_words
 from finetune.data.types import BadRecording, Word
+from test_data import write_audio
+from test_turn_formats import read_turns, told, write_json
+
+DIALOGUES = QUICKSTART / "dialogues"
 
 
 def words_of(*spans: tuple[str, float, float]) -> list[Word]:
@@ -59,7 +64,47 @@ def test_turns_of_one_speaker_never_overlap():
         assert sum(map(len, group_words(words))) == len(words)
 
 
+def test_a_turn_of_empty_words_is_context(tmp_path):
+    alignments = [[" ", [0.1, 0.5], "SPEAKER_MAIN"], ["hm", [0.6, 0.9], "SPEAKER_USER"]]
+    (tmp_path / "z.json").write_text(json.dumps({"alignments": alignments}))
+    turns = dialogue_turns(Recording(tmp_path / "z.wav", 1.2, "line 1"))
+    assert [(turn.text, turn.is_trained) for turn in turns] == [("", False), ("hm", True)]
+
+
 def test_a_word_after_the_end_is_refused(tmp_path):
     (tmp_path / "y.json").write_text(json.dumps([{"word": "a", "start": 1.21, "end": 1.3, "speaker": "A"}]))
     with pytest.raises(BadRecording, match=r"a word at 1\.21 s, after its end"):
         dialogue_turns(Recording(tmp_path / "y.wav", 1.2, "line 1"))
+
+
+def test_real_dialogues_hold_each_voice_on_its_own_channel():
+    conversations = read_turns(str(DIALOGUES / "train.jsonl"))
+    assert len(conversations) == 4
+    for turns in conversations:
+        assert len(turns) >= 8
+        assert all(turn.is_trained and {turn.speaker} <= {"0", "1"} for turn in turns)
+        rms = [float(np.sqrt((turn.wav_S**2).mean())) for turn in turns]
+        assert min(rms) > 0.01  # nobody's silence
+    first = json.loads((DIALOGUES / "train.jsonl").read_text().splitlines()[0])["path"]
+    alignments = json.loads((DIALOGUES / first).with_suffix(".json").read_text())["alignments"]
+    listed = " ".join(word for word, _, _ in alignments).split()
+    assert sorted(" ".join(turn.text for turn in conversations[0]).split()) == sorted(listed)
+
+
+def test_turns_with_times_in_a_stereo_file(tmp_path):
+    write_audio(tmp_path / "talk.wav", 3.0, volumes=(0.5, 0.25))
+    turns = [
+        {"speaker": 0, "text": "Hi.", "start": 0.5, "end": 1.0},
+        {"speaker": 1, "text": "Ho.", "start": 1.0, "end": 3.0},
+    ]
+    spec = write_json(tmp_path / "conversations.jsonl", {"audio": "talk.wav", "turns": turns}, lines=True)
+    (read,) = read_turns(spec)
+    assert told(read) == [("0", "Hi.", 0.5, True), ("1", "Ho.", 2.0, True)]
+    assert [np.abs(turn.wav_S).max() for turn in read] == pytest.approx([0.5, 0.25], abs=0.001)
+
+
+def test_either_speaker_may_be_masked():
+    for spelling, trained in (("SPEAKER_MAIN", {"1"}), ("SPEAKER_OTHER", {"0"})):
+        conversations = read_turns(str(DIALOGUES / "train.jsonl"), mask_speaker_ids=[spelling])
+        assert {turn.speaker for turns in conversations for turn in turns if turn.is_trained} == trained
+        assert {turn.speaker for turns in conversations for turn in turns} == {"0", "1"}

@@ -7,10 +7,8 @@ import sqlite3
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from conftest import QUICKSTART
 from finetune.data.conversations import ConversationDataset
 from finetune.data.turn_formats import read_source
 from finetune.data.turn_records import ListedConversation
@@ -19,7 +17,7 @@ from finetune.errors import UserError
 from test_data import write_audio
 
 KEY = "data.train_data"
-DIALOGUES = QUICKSTART / "dialogues"
+HUGE = "1" + "0" * 400
 
 
 @pytest.fixture
@@ -64,25 +62,46 @@ def said(text: str) -> dict:
 def test_messages_of_csm_hf(name, folder):
     messages = [
         message("speaker_0", said("Hi."), {"type": "audio", "url": "clips/a.wav"}),
-        message("speaker_1", said("Oh,"), said("hello."), {"type": "audio", "path": "clips/b.wav"}),
         message("narrator", said("They left.")),
+        message("speaker_1", said("Oh,"), said("hello."), {"type": "audio", "path": "clips/b.wav", "url": None}),
     ]
     masked = {"messages": messages, "training_mask": [False, True, True]}
     spec = write_json(folder / name, masked, {"messages": messages}, lines=True)
     first, second = read_turns(spec)
     assert told(first) == [
         ("0", "Hi.", 1.0, False),
-        ("1", "Oh, hello.", 2.0, True),
         ("narrator", "They left.", 0, False),
+        ("1", "Oh, hello.", 2.0, True),
     ]
-    assert [turn.is_trained for turn in second] == [True, True, False]
+    assert [turn.is_trained for turn in second] == [True, False, True]
 
 
-def test_messages_may_hold_plain_text_and_audio_without_a_file(folder):
-    content = message("speaker_7", said("b"), {"type": "audio", "audio": str(folder / "clips" / "a.wav")})
-    messages = [{"role": 3, "content": "a"}, message("assistant", said("c"), {"type": "audio"}), content]
+def test_messages_may_hold_plain_text_and_two_paths_of_one_file(folder):
+    audio = {"type": "audio", "url": str(folder / "clips" / "a.wav"), "path": "other/a.wav"}
+    messages = [{"role": 3, "content": "a"}, message("speaker_7", said("b"), audio)]
     (turns,) = read_turns(write_json(folder / "m.jsonl", {"messages": messages}, lines=True))
-    assert told(turns) == [("3", "a", 0, False), ("assistant", "c", 0, False), ("7", "b", 1.0, True)]
+    assert told(turns) == [("3", "a", 0, False), ("7", "b", 1.0, True)]
+
+
+@pytest.mark.parametrize("name", ["m.json", "m.jsonl", "m.json.gz"])
+def test_one_conversation_or_a_list_over_several_lines(name, folder):
+    talk = {"messages": [message("speaker_0", said("b"), {"type": "audio", "path": "clips/a.wav"})]}
+    for whole, num_talks in ((talk, 1), ([talk, talk], 2)):
+        turns = read_turns(write_json(folder / name, whole))
+        assert [told(each) for each in turns] == [[("0", "b", 1.0, True)]] * num_talks
+
+
+@pytest.mark.parametrize("untold", ["", " \n", None])
+def test_audio_without_words_is_context(untold, folder):
+    write_audio(folder / "talk.wav", 2.0)
+    audio = [{"type": "audio", "path": f"clips/{name}.wav"} for name in "ab"]
+    messages = [message("0", said(untold), audio[0]), message("0", audio[0]), message("1", said("b"), audio[1])]
+    turns = [{"text": "b" if who else untold, "speaker": who, "start": 0, "end": 1} for who in (0, 1)]
+    mlx = [{"text": untold, "path": "clips/a.wav"}, {"text": "b", "path": "clips/b.wav"}]
+    for talk in ({"messages": messages}, {"audio": "talk.wav", "turns": turns}, {"turns": mlx}):
+        *context, last = read_turns(write_json(folder / "m.json", talk))[0]
+        assert {(turn.text, len(turn.wav_S), turn.is_trained) for turn in context} == {("", 24_000, False)}
+        assert last.is_trained
 
 
 # csm-mlx
@@ -91,12 +110,12 @@ def test_messages_may_hold_plain_text_and_audio_without_a_file(folder):
 @pytest.mark.parametrize("spelling", ["speaker", "speaker_id"])
 def test_conversations_of_csm_mlx(spelling, folder):
     turns = [
-        {"text": "Hi.", "audio_path": "clips/a.wav", spelling: 4},
         {"text": "Yes?", "audio_path": str(folder / "clips" / "b.wav")},
         {"text": "No audio.", spelling: 4},
+        {"text": "Hi.", "audio_path": "clips/a.wav", spelling: 4},
     ]
-    first, second = read_turns(write_json(folder / "data.json", [turns, turns[:1]]), mask_speaker_ids=["0"])
-    assert told(first) == [("4", "Hi.", 1.0, True), ("0", "Yes?", 2.0, False), ("4", "No audio.", 0, False)]
+    first, second = read_turns(write_json(folder / "data.json", [turns, turns[2:]]), mask_speaker_ids=["0"])
+    assert told(first) == [("0", "Yes?", 2.0, False), ("4", "No audio.", 0, False), ("4", "Hi.", 1.0, True)]
     assert told(second) == [("4", "Hi.", 1.0, True)]
 
 
@@ -264,44 +283,16 @@ def test_a_missing_package_is_named_with_its_extra(package, head, tmp_path, monk
         read_source(str(tmp_path / "m") if head else "hf://owner/missing-package", KEY)
 
 
-# Stereo dialogues
-
-
-def test_real_dialogues_hold_each_voice_on_its_own_channel():
-    conversations = read_turns(str(DIALOGUES / "train.jsonl"))
-    assert len(conversations) == 4
-    for turns in conversations:
-        assert len(turns) >= 8
-        assert all(turn.is_trained and {turn.speaker} <= {"0", "1"} for turn in turns)
-        rms = [float(np.sqrt((turn.wav_S**2).mean())) for turn in turns]
-        assert min(rms) > 0.01  # nobody's silence
-    first = json.loads((DIALOGUES / "train.jsonl").read_text().splitlines()[0])["path"]
-    alignments = json.loads((DIALOGUES / first).with_suffix(".json").read_text())["alignments"]
-    listed = " ".join(word for word, _, _ in alignments).split()
-    assert sorted(" ".join(turn.text for turn in conversations[0]).split()) == sorted(listed)
-
-
-def test_turns_with_times_in_a_stereo_file(folder):
-    write_audio(folder / "talk.wav", 3.0, volumes=(0.5, 0.25))
-    turns = [
-        {"speaker": 0, "text": "Hi.", "start": 0.5, "end": 1.0},
-        {"speaker": 1, "text": "Ho.", "start": 1.0, "end": 3.0},
-    ]
-    spec = write_json(folder / "conversations.jsonl", {"audio": "talk.wav", "turns": turns}, lines=True)
-    (read,) = read_turns(spec)
-    assert told(read) == [("0", "Hi.", 0.5, True), ("1", "Ho.", 2.0, True)]
-    assert [np.abs(turn.wav_S).max() for turn in read] == pytest.approx([0.5, 0.25], abs=0.001)
-
-
 # Sources and errors
 
 
 def test_a_folder_gives_its_data_but_no_transcripts(folder):
     write_json(folder / "clips" / "a.json", {"alignments": []})
     write_json(folder / "one.jsonl", {"text": "1", "path": "clips/a.wav"}, lines=True)
-    (folder / "two.csv").write_text("text,path\n2,clips/b.wav\n")
+    (folder / "two.csv.gz").write_bytes(gzip.compress(b"text,path\n2,clips/b.wav\n"))
+    write_json(folder / "three.json.gz", [{"text": "3", "path": "clips/a.wav"}])
     (folder / "notes.txt").write_text("no data")
-    assert [turn.text for turns in read_turns(str(folder)) for turn in turns] == ["1", "2"]
+    assert [turn.text for turns in read_turns(str(folder)) for turn in turns] == ["1", "3", "2"]
     assert all(isinstance(entry, ListedConversation) for entry in read_source(str(folder), KEY))
 
 
@@ -323,10 +314,32 @@ def test_a_folder_gives_its_data_but_no_transcripts(folder):
         ("m.jsonl", '{"messages": {}}', ["line 1: messages is {}; write a list"]),
         ("m.jsonl", '{"messages": [3]}', ["line 1 message 1: 3 is no message; write"]),
         ("m.jsonl", '{"messages": [{"role": "a"}]}', ["line 1 message 1: content is None; write a list"]),
-        ("m.jsonl", '{"messages": [{"role": "a", "content": [{"type": "text"}]}]}', ["message 1: text is [None]"]),
+        ("m.jsonl", '{"messages": [{"role": "a", "content": [{"type": "text"}]}]}', ["message 1: text is None; write"]),
         ("m.jsonl", '{"messages": [], "training_mask": [true]}', ["training_mask is [True]; write true or false for"]),
         ("m.jsonl", '{"audio": "a.wav", "turns": [{"text": "a", "speaker": 2}]}', ["turn 1: speaker is '2'; write 0"]),
         ("m.jsonl", '{"audio": "a.wav", "turns": [{"text": "a", "speaker": 1}]}', ["turn 1: no end; write start and"]),
+        ("m.csv", "path,text\na.flac,\n", ["m.csv line 2: text is ''; write the words of the turn as text"]),
+        ("m.jsonl", '{"text": "  ", "path": "a.wav"}', ["line 1: text is '  '; write the words of the turn as text"]),
+        ("m.jsonl", r'{"text": "a\ud800b", "path": "a"}', [r"line 1: text holds '\ud800', half of a character"]),
+        ("m.jsonl", r'{"messages": [{"role": "a", "content": "\udc00"}]}', [r"message 1: text holds '\udc00', half"]),
+        ("m.jsonl", r'{"messages": [{"role": "\ud800", "content": ""}]}', [r"speaker holds '\ud800', half of"]),
+        ("m.jsonl", r'{"text": "a", "path": "\ud800"}', [r"line 1: path holds '\ud800', half of a character"]),
+        ("m.jsonl", r'{"path": "\ud800", "duration": 1}', [r"line 1: path holds '\ud800', half of a character"]),
+        ("m.jsonl", f'{{"path": "a", "duration": {HUGE}}}', ["line 1: duration is 1000", "; write seconds"]),
+        ("m.json", f'[{{"path": "a", "text": "a", "speaker": {HUGE}}}]', ["speaker is 1000", "; write a number"]),
+        ("m.jsonl", f'{{"path": "a", "text": "a", "end": {HUGE}}}', ["line 1: end is 1000", "; write seconds"]),
+        ("m.jsonl", '{\n"messages": []\n}\n{\n}', ["line 4: more JSON behind the first object; write one object a"]),
+        ("m.jsonl", "[{}]\n[]", ["line 2: more JSON behind the first list; write one object a line, such as {"]),
+        ("m.jsonl", "[" * 100_000, ["m.jsonl: cannot be read as JSON", "write one object a line"]),
+        ("m.jsonl", '{"messages": [{"role": 1, "content": [{"type": "x"}]}]}', ["item has the type 'x'; write text"]),
+        ("m.jsonl", '{"messages": [{"role": 1, "content": [{"text": "x"}]}]}', ["item has the type None; write"]),
+        ("m.jsonl", '{"messages": [{"role": 1, "content": [{"type": "audio"}]}]}', ["an audio item has no path;"]),
+        ("m.csv", "text;path\na;b\n", ["m.csv line 1: columns are separated by ';'; separate them by a comma"]),
+        ("m.csv", "text\tpath\na\tb\n", [r"m.csv line 1: columns are separated by '\t'; separate them by a comma"]),
+        ("m.csv", "text, path\na, b\n", ["line 1: the column ' path' has spaces around its name; write a comma and"]),
+        ("m.flac", "", ["m.flac: is an audio file, without the words", "a CSV file with the columns text,path"]),
+        ("take", b"RIFF\0\0", ["take: is an audio file, without the words", "a CSV file with the columns text,path"]),
+        ("m" * 300, None, ["m: cannot be read (File name too long); mend the path"]),
         ("m.csv", "file,words\na.wav,hi\n", ["m.csv line 2: has file, words; a conversation has"]),
         ("m.sql", "SQLite format 3\0 and nothing", ["m.sql: cannot be read as an SQLite file", "a table called data"]),
         ("m.jsonl", "\n", ["m.jsonl: lists no conversation; each has"]),
@@ -345,6 +358,14 @@ def test_what_is_wrong_is_one_line(name, text, parts, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+def test_a_parquet_file_with_a_broken_body(folder):
+    write_table(folder / "m.parquet")
+    whole = (folder / "m.parquet").read_bytes()
+    (folder / "m.parquet").write_bytes(b"PAR1" + b"\xff" * 400 + whole[404:])
+    with pytest.raises(UserError, match=rf"^{KEY}: {folder}/m\.parquet: cannot be read as Parquet .*; write it anew$"):
+        read_source(str(folder / "m.parquet"), KEY)
+
+
 def test_an_sqlite_file_with_another_table(tmp_path):
     with sqlite3.connect(tmp_path / "m.sql") as connection:
         connection.execute("CREATE TABLE rows (text TEXT)")
@@ -356,4 +377,8 @@ def test_an_sqlite_file_with_another_table(tmp_path):
 def test_a_folder_without_data(tmp_path):
     (tmp_path / "a.txt").touch()
     with pytest.raises(UserError, match=r"no data file below this folder; wanted are \.jsonl"):
+        read_source(str(tmp_path), KEY)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"holds a saved Hugging Face dataset; give .* folder {tmp_path}/set$"):
         read_source(str(tmp_path), KEY)

@@ -6,7 +6,7 @@ frames of audio (the last one may be partly filled) and one frame that ends the 
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,13 +21,17 @@ from finetune.data.dataset import OnError
 from finetune.data.manifest import DURATION_SLACK_SEC, MAKE_MANIFEST, Recording, failure, report_problems, split_spec
 from finetune.data.turn_dialogues import dialogue_turns
 from finetune.data.turn_formats import read_source
-from finetune.data.turn_records import AudioRef, Entry, ListedTurn
+from finetune.data.turn_records import MAX_SHOWN, AudioRef, Entry, ListedConversation, ListedTurn, speaker_label
 from finetune.data.turn_tables import open_dataset
 from finetune.data.types import SAMPLE_RATE_HZ, BadRecording, Conversation, Turn
 from finetune.errors import UserError
 
 logger = logging.getLogger("parley")
 _NO_AUDIO = np.zeros(0, dtype=np.float32)
+_TRAINING_KEY = "data.train_data"
+
+Located = list[tuple[ListedTurn, "AudioSpan | None"]]
+"""A conversation's turns, each with its audio where it has any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,8 @@ class _Rules:
     key: str
     max_frames: int
     context_turns: int
-    mask_speaker_ids: frozenset[str]
+    masked: Mapping[str, str]
+    """`mask_speaker_ids`: speaker labels, each with its spelling in the configuration."""
     max_samples: int | None
     frame_size: int
     count_text: Callable[[str, str], int]
@@ -111,19 +116,20 @@ class ConversationDataset:
                 dataset or `hf://owner/name[/config][#split]`.
             max_frames: positions of a window at most.
             context_turns: how many earlier turns a window of a longer conversation begins with.
-            mask_speaker_ids: speakers whose turns are context.
+            mask_speaker_ids: speakers whose turns are context, in any spelling that `speaker_label` knows.
             max_audio_sec: longer audio is cut there.
             count_text: positions of a turn's text, of its speaker and text.
 
         Raises:
-            UserError: a source is wrong, a file is bad and `on_error` is `fail`, or nothing is left to train on.
+            UserError: a source is wrong, a file is bad and `on_error` is `fail`, a masked speaker says nothing, or
+                nothing is left to train on.
         """
         frame_size = round(frame_sec * SAMPLE_RATE_HZ)
         rules = _Rules(
             key=key,
             max_frames=max_frames,
             context_turns=context_turns,
-            mask_speaker_ids=frozenset(map(str, mask_speaker_ids)),
+            masked={speaker_label(str(each)): str(each) for each in mask_speaker_ids},
             # At a frame: half a frame of silence in mid-word would be learned.
             max_samples=None if max_audio_sec is None else int(max_audio_sec / frame_sec + 1e-6) * frame_size,
             frame_size=frame_size,
@@ -171,28 +177,48 @@ def _open_sources(
     header_of = lru_cache(maxsize=4096)(_read_header)  # many turns may lie in one file
     entries = [entry for _, _, entries in sources for entry in entries]
     with ThreadPoolExecutor(num_workers) as pool:
-        located = list(pool.map(lambda entry: _locate_turns(entry, header_of), entries))
+        located = list(pool.map(lambda entry: _locate_turns(entry, header_of, rules.frame_size), entries))
     problems = {index: turns for index, turns in enumerate(located) if isinstance(turns, str)}
     report_problems(problems, rules.key, on_error)
+    _check_masked(entries, located, rules)
     windows: list[list[TurnWindow]] = []
     remaining = iter(zip(entries, located, strict=True))
     for name, _, listed in sources:
         usable = [(entry.place, turns) for entry, turns in (next(remaining) for _ in listed) if isinstance(turns, list)]
         if not usable:
             raise UserError(f"{rules.key}: {name}: no usable conversation is left; see the lines above")
+        _tell_audioless([turns for _, turns in usable], f"{rules.key}: {name}")
         windows.append([window for place, turns in usable for window in _windows(turns, place, rules)])
         if not windows[-1]:
-            reason = "every turn is without audio, masked by training_mask or by mask_speaker_ids, or too long"
+            reason = "every turn is without audio or text, masked by training_mask or mask_speaker_ids, or too long"
             raise UserError(f"{rules.key}: {name}: no turn is left to train on: {reason}")
     return [weight for _, weight, _ in sources], windows
+
+
+def _check_masked(entries: Sequence[Entry], located: Sequence[Located | str], rules: _Rules) -> None:
+    """A masked speaker who says nothing is misspelt, and whoever was meant would be trained."""
+    listed = [entry.turns for entry in entries if isinstance(entry, ListedConversation)]
+    dialogues = [[turn for turn, _ in turns] for turns in located if isinstance(turns, list)]
+    speakers = {turn.speaker for turns in (*listed, *dialogues) for turn in turns}
+    unknown = [spelling for label, spelling in rules.masked.items() if label not in speakers]
+    # Held-out data may lack a speaker whom the training data has.
+    if unknown and speakers and rules.key == _TRAINING_KEY:
+        shown = ", ".join(sorted(speakers)[:10]) + (", …" if len(speakers) > 10 else "")
+        said = f"no turn of {rules.key} has the speaker {unknown[0]!r}; write some of {shown}"
+        raise UserError(f"data.mask_speaker_ids: {said}")
+
+
+def _tell_audioless(conversations: Sequence[Located], place: str) -> None:
+    has_audio = [span is not None for turns in conversations for _, span in turns]
+    if not all(has_audio):
+        said = "turns have no audio and are context"
+        logger.info("%s: %d of %d %s", place, has_audio.count(False), len(has_audio), said)
 
 
 # From what is listed to where it lies
 
 
-def _locate_turns(
-    entry: Entry, header_of: Callable[[str, int | None], Header]
-) -> list[tuple[ListedTurn, AudioSpan | None]] | str:
+def _locate_turns(entry: Entry, header_of: Callable[[str, int | None], Header], frame_size: int) -> Located | str:
     """A conversation's turns with their audio, or what headers and transcripts tell to be wrong with one."""
     path = ""
     try:
@@ -200,13 +226,16 @@ def _locate_turns(
             path = str(entry.path)
             _check_length(header_of(path, None), entry.duration_sec)
         turns = dialogue_turns(entry) if isinstance(entry, Recording) else entry.turns
-        located: list[tuple[ListedTurn, AudioSpan | None]] = []
+        located: Located = []
         for turn in turns:
-            path = "" if turn.audio is None else _resolve(turn.audio)
-            span = None if turn.audio is None else _span(turn.audio, path, header_of(path, turn.audio.row))
+            span = None
+            if turn.audio is not None:
+                path = turn.audio.path
+                path = _resolve(turn.audio)
+                span = _span(turn.audio, path, header_of(path, turn.audio.row), frame_size)
             located.append((turn, span))
     except OSError as error:
-        return f"{entry.place}: {path}: {error.strerror}; mend the path or remove the entry"
+        return f"{entry.place}: {path[:MAX_SHOWN]}: {error.strerror}; mend the path or remove the entry"
     except BadRecording as problem:
         return f"{entry.place}: {path}: {problem}"
     return located
@@ -222,7 +251,10 @@ def _resolve(audio: AudioRef) -> str:
     """The file that a path means: from its list's folder, or else from the working folder, as some projects do."""
     if audio.row is not None:
         return audio.path
-    given = Path(audio.path).expanduser()
+    try:
+        given = Path(audio.path).expanduser()
+    except RuntimeError as error:
+        raise BadRecording("there is no such user's home folder; write the whole path") from error
     listed = Path(audio.folder) / given
     if not given.is_absolute() and not listed.is_file() and given.is_file():
         if distributed.once(f"working folder {audio.folder}"):
@@ -240,17 +272,20 @@ def _read_header(path: str, row: int | None) -> Header:
     return header
 
 
-def _span(audio: AudioRef, path: str, header: Header) -> AudioSpan:
+def _span(audio: AudioRef, path: str, header: Header, frame_size: int) -> AudioSpan:
     if audio.channel is not None and audio.channel >= header.num_channels:
         raise BadRecording("mono, but speaker 1 is listed on the right channel; make it stereo: 0 left, 1 right")
     length_sec = header.num_samples / SAMPLE_RATE_HZ
     end_sec = length_sec if audio.end_sec is None else audio.end_sec
     if end_sec > length_sec + DURATION_SLACK_SEC:
         raise BadRecording(f"lasts {length_sec:.2f} s, but a turn ends at {end_sec:.2f} s; mend start and end")
+    if audio.start_sec >= min(end_sec, length_sec):
+        raise BadRecording(f"has no audio from {audio.start_sec:g} s to {end_sec:g} s; mend start and end")
     start = round(audio.start_sec * SAMPLE_RATE_HZ)
     num_samples = min(round(end_sec * SAMPLE_RATE_HZ), header.num_samples) - start
-    if num_samples <= 0:
-        raise BadRecording(f"has no audio from {audio.start_sec:g} s to {end_sec:g} s; mend start and end")
+    if num_samples < frame_size:
+        said = f"from {audio.start_sec:g} s to {end_sec:g} s is shorter than one frame"
+        raise BadRecording(f"{said} ({frame_size / SAMPLE_RATE_HZ:g} s); mend start and end, or remove the turn")
     return AudioSpan(path, audio.row, audio.channel, start, num_samples)
 
 
@@ -276,7 +311,7 @@ def _audio_file(path: str, row: int | None) -> Iterator[Path]:
 # From turns to windows
 
 
-def _windows(turns: Sequence[tuple[ListedTurn, AudioSpan | None]], place: str, rules: _Rules) -> list[TurnWindow]:
+def _windows(turns: Located, place: str, rules: _Rules) -> list[TurnWindow]:
     records = [_fit(_measure(turn, span, rules), place, rules) for turn, span in turns]
     return cut_windows(records, place, rules.max_frames, rules.context_turns)
 
@@ -287,7 +322,7 @@ def _measure(turn: ListedTurn, span: AudioSpan | None, rules: _Rules) -> TurnRec
         span = replace(span, num_samples=rules.max_samples)
     num_text = rules.count_text(turn.speaker, turn.text)
     num_audio = 0 if span is None else -(-span.num_samples // rules.frame_size) + (not is_cut)
-    is_trained = turn.is_trained and span is not None and turn.speaker not in rules.mask_speaker_ids
+    is_trained = turn.is_trained and span is not None and turn.speaker not in rules.masked
     return TurnRecord(turn.text, turn.speaker, span, num_text, num_text + num_audio, is_trained, is_cut)
 
 

@@ -36,7 +36,8 @@ def _turn(words: Sequence[Word], recording: Recording) -> ListedTurn:
     start_sec = max(0.0, words[0].start_sec - MARGIN_SEC)
     end_sec = min(_end_sec(words) + MARGIN_SEC, recording.duration_sec)
     audio = AudioRef(str(recording.path), "", start_sec, end_sec, CHANNELS[speaker])
-    return ListedTurn(_join([word.text.strip() for word in words]), speaker, audio)
+    text = _join([word.text.strip() for word in words])
+    return ListedTurn(text, speaker, audio, is_trained=bool(text))
 
 
 def group_words(words: Sequence[Word]) -> list[list[Word]]:

@@ -12,13 +12,14 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from finetune.data.manifest import UNREADABLE, parse_recording
-from finetune.data.transcript import MAIN_SPEAKER
+from finetune.data.manifest import UNREADABLE, Recording, parse_recording
 from finetune.data.turn_dialogues import CHANNELS
 from finetune.data.turn_records import (
+    MAX_SHOWN,
     AudioRef,
     Entry,
     ListedConversation,
@@ -26,7 +27,9 @@ from finetune.data.turn_records import (
     Place,
     is_missing,
     parse_audio,
+    parse_path,
     parse_speaker,
+    parse_text,
     parse_turn,
 )
 from finetune.data.turn_tables import (
@@ -44,8 +47,10 @@ from finetune.errors import UserError
 logger = logging.getLogger("parley")
 
 _SQLITE, _PARQUET, _HDF, _GZIP = b"SQLite format 3\0", b"PAR1", b"\x89HDF\r\n\x1a\n", b"\x1f\x8b"
-_DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".sql", ".sqlite", ".db", ".hdf5", ".h5")
+_TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
+_DATA_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet", ".sql", ".sqlite", ".db", ".hdf5", ".h5")
 _AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
+_AUDIO_HEADS = (b"RIFF", b"fLaC", b"OggS", b"ID3\2", b"ID3\3", b"ID3\4")
 _ROW_SPEAKER = "999"  # what sesame-finetune's pretokenize.py writes
 _TURN_SPEAKER = "0"  # what csm-mlx's datasets take
 _SHAPES = "messages, turns, chosen and rejected, segments and preference, text and path, or path and duration"
@@ -60,31 +65,40 @@ def read_source(name: str, key: str) -> list[Entry]:
     Raises:
         UserError: names the key, the file, its line or row, and the remedy.
     """
-    path = Path(name)
-    saved = path if path.exists() else Path(name.partition("#")[0])
-    if name.startswith(HUB) or is_saved_dataset(saved):
-        entries = dataset_entries(name, key)
-    elif path.is_dir():
-        entries = [entry for file in _files_below(path, key) for entry in _read_file(file, key)]
-    elif path.exists():
-        entries = _read_file(path, key)
-    else:
-        remedy = f"give a file, a folder of files or {HUB}owner/name"
-        raise UserError(f"{key}: {path}: no such file or folder; {remedy}")
+    try:
+        entries = _read_any(name, key)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror or type(error).__name__}); mend the path"
+        raise UserError(f"{key}: {name[:MAX_SHOWN]}: {problem}") from error
     if not entries:
         raise UserError(f"{key}: {name}: lists no conversation; each has {_SHAPES}")
     return entries
 
 
+def _read_any(name: str, key: str) -> list[Entry]:
+    path = Path(name)
+    saved = path if path.exists() else Path(name.partition("#")[0])
+    if name.startswith(HUB) or is_saved_dataset(saved):
+        return dataset_entries(name, key)
+    if path.is_dir():
+        return [entry for file in _files_below(path, key) for entry in _read_file(file, key)]
+    if path.exists():
+        return _read_file(path, key)
+    raise UserError(f"{key}: {path}: no such file or folder; give a file, a folder of files or {HUB}owner/name")
+
+
 def _files_below(folder: Path, key: str) -> list[Path]:
     """The data files of a folder; a `.json` beside an audio file of its name is a transcript."""
     below = sorted(path for path in folder.rglob("*") if path.is_file())
+    dataset = next((path.parent for path in below if is_saved_dataset(path.parent)), None)
+    if dataset is not None:
+        raise UserError(f"{key}: {folder}: holds a saved Hugging Face dataset; give the dataset's own folder {dataset}")
     recordings = {path.with_suffix("") for path in below if path.suffix.lower() in _AUDIO_SUFFIXES}
     files = [
         path
         for path in below
         if path.name.lower().endswith(_DATA_SUFFIXES)
-        and not (path.suffix == ".json" and path.with_suffix("") in recordings)
+        and not (path.suffix.lower() == ".json" and path.with_suffix("") in recordings)
     ]
     if not files:
         raise UserError(f"{key}: {folder}: no data file below this folder; wanted are {', '.join(_DATA_SUFFIXES)}")
@@ -97,6 +111,9 @@ def _read_file(path: Path, key: str) -> list[Entry]:
             head = file.read(16)
     except OSError as error:
         raise UserError(f"{key}: {path}: cannot be read ({error.strerror}); mend the path") from error
+    if path.suffix.lower() in _AUDIO_SUFFIXES or head.startswith(_AUDIO_HEADS):
+        remedy = "give a list of turns that names it, such as a CSV file with the columns text,path"
+        raise UserError(f"{key}: {path}: is an audio file, without the words that are said; {remedy}")
     if head.startswith(_SQLITE):
         return _read_rows(sqlite_rows(path, key), path, key)
     if head.startswith(_HDF):
@@ -112,11 +129,11 @@ def _read_text(path: Path, key: str) -> list[Entry]:
         with _open_text(path) as lines:
             first = next((line.strip() for line in lines if line.strip()), "")
             lines.seek(0)
-            if first.startswith("["):
-                return _read_rows(_json_items(lines, path, key), path, key)
-            if first.startswith("{"):
-                return _read_rows(_json_lines(lines, path, key), path, key)
-            return _read_rows(csv_rows(lines), path, key)
+            if not first.startswith(("[", "{")):
+                return _read_rows(csv_rows(lines, path, key), path, key)
+            is_by_line = first.startswith("{") and _is_json(first)
+            values = _json_lines(lines, path, key) if is_by_line else _json_whole(lines.read(), path, key)
+            return _read_rows(values, path, key)
     except (*UNREADABLE, csv.Error) as error:
         raise UserError(f"{key}: {path}: cannot be read ({error}); write it anew as UTF-8 text") from error
 
@@ -131,22 +148,37 @@ def _open_text(path: Path) -> Iterator[TextIO]:
             yield lines
 
 
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _json_lines(lines: TextIO, path: Path, key: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problem = f"not a JSON object in {line.strip()!r:.80}; write one object a line"
                 raise UserError(f"{key}: {path} line {number}: {problem}") from error
 
 
-def _json_items(text: TextIO, path: Path, key: str) -> Iterator[tuple[str, Any]]:
+def _json_whole(text: str, path: Path, key: str) -> Iterator[tuple[str, Any]]:
+    """The items of one list, or one object, over any number of lines."""
     try:
-        items = json.load(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{key}: {path} line {error.lineno}: not JSON ({error.msg}); mend the line") from error
-    for number, item in enumerate(items, 1):
+        problem = f"not JSON ({error.msg}); mend the line, or write one object a line"
+        if error.msg == "Extra data":
+            shapes = 'one object a line, such as {"turns": […]}, or one list of all conversations'
+            problem = f"more JSON behind the first {'list' if text.lstrip()[0] == '[' else 'object'}; write {shapes}"
+        raise UserError(f"{key}: {path} line {error.lineno}: {problem}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{key}: {path}: cannot be read as JSON ({error}); write one object a line") from error
+    for number, item in enumerate(value if isinstance(value, list) else [value], 1):
         yield f"item {number}", item
 
 
@@ -184,12 +216,20 @@ def parse_entry(entry: Any, place: Place) -> tuple[Entry | None, bool]:
     if "turns" in entry:
         return _stereo_turns(entry, place), False
     if "text" in entry and {"path", "audio_path", "audio"} & entry.keys():
-        return ListedConversation((parse_turn(entry, place, _ROW_SPEAKER),), place.name), False
+        return ListedConversation((parse_turn(entry, place, _ROW_SPEAKER, is_row=True),), place.name), False
     if "path" in entry and "duration" in entry:
-        duration = entry["duration"]
-        return parse_recording(entry["path"], duration, Path(place.folder), place.name, place.key), False
+        return _recording(entry, place), False
     found = ", ".join(map(str, entry)) or "nothing"
     raise place.error(f"has {found}; a conversation has {_SHAPES}")
+
+
+def _recording(entry: dict[str, Any], place: Place) -> Recording:
+    """moshi-finetune's manifests: a stereo dialogue whose transcript lies beside it."""
+    path, duration = parse_path(entry["path"], place), entry["duration"]
+    try:
+        return parse_recording(path, duration, Path(place.folder), place.name, place.key)
+    except OverflowError as error:
+        raise place.error(f"duration is {duration!r:.80}; write seconds") from error
 
 
 def _turns(turns: Any, place: Place) -> ListedConversation:
@@ -230,31 +270,30 @@ def _message(message: Any, is_trained: bool, place: Place) -> ListedTurn:
     items = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise place.error(f"content is {content!r:.80}; write a list of text and audio items")
-    texts = [item.get("text") for item in items if item.get("type") == "text"]
-    if not all(isinstance(text, str) for text in texts):
-        raise place.error(f"text is {texts!r:.80}; write the words of the turn as text")
-    speaker = parse_speaker(message["role"], place).removeprefix("speaker_")
-    return ListedTurn(" ".join(map(str, texts)), speaker, _message_audio(items, place), is_trained)
+    unknown = [item.get("type") for item in items if item.get("type") not in ("text", "audio")]
+    if unknown:
+        raise place.error(f"a content item has the type {unknown[0]!r:.80}; write text or audio")
+    audio = [_audio_item(item, place) for item in items if item["type"] == "audio"]
+    if len(audio) > 1:
+        raise place.error(f"has {len(audio)} audio files; write a message for each")
+    given = [item.get("text") for item in items if item["type"] == "text"]
+    # Audio whose words nobody wrote down is context; a text item that holds nothing and stands alone is a mistake.
+    texts = [parse_text(text, place) for text in given if not is_missing(text) or (text is None and not audio)]
+    speaker = parse_speaker(message["role"], place)
+    return ListedTurn(" ".join(texts), speaker, audio[0] if audio else None, is_trained and bool(texts))
 
 
-def _message_audio(items: list[dict[str, Any]], place: Place) -> AudioRef | None:
-    """The audio item of a message; an item without a path stands for audio that the program brings itself."""
-    found = [
-        (item[name], item)
-        for item in items
-        if item.get("type") == "audio"
-        for name in ("url", "path", "audio")
-        if not is_missing(item.get(name))
-    ]
-    if len(found) > 1:
-        raise place.error(f"has {len(found)} audio files; write a message for each")
-    return parse_audio(*found[0], place) if found else None
+def _audio_item(item: dict[str, Any], place: Place) -> AudioRef:
+    path = next((item[name] for name in ("url", "path", "audio") if not is_missing(item.get(name))), None)
+    if path is None:
+        raise place.error('an audio item has no path; write {"type": "audio", "path": "a.wav"}, or leave it out')
+    return parse_audio(path, item, place)
 
 
 def _stereo_turns(entry: dict[str, Any], place: Place) -> ListedConversation:
     """A stereo file with a list of turns and their times: speaker 0 on the left, 1 on the right."""
     audio, turns = entry.get("audio", entry.get("path")), entry["turns"]
-    if audio is None:
+    if is_missing(audio):
         return _turns(turns, place)
     if not isinstance(turns, list):
         raise place.error(f"turns is {turns!r:.80}; write a list of turns")
@@ -264,14 +303,10 @@ def _stereo_turns(entry: dict[str, Any], place: Place) -> ListedConversation:
     )
 
 
-def _stereo_turn(audio: str, entry: Any, place: Place) -> ListedTurn:
-    turn = parse_turn(entry, place, default_speaker="")
-    speaker = "0" if turn.speaker == MAIN_SPEAKER else turn.speaker
-    if speaker not in CHANNELS:
-        raise place.error(f"speaker is {speaker!r}; write 0 (left channel) or 1 (right channel)")
-    part = parse_audio(audio, entry, place)
-    if part.end_sec is None:
+def _stereo_turn(audio: Any, entry: Any, place: Place) -> ListedTurn:
+    turn = parse_turn({**entry, "path": audio} if isinstance(entry, dict) else entry, place, default_speaker="")
+    if turn.speaker not in CHANNELS:
+        raise place.error(f"speaker is {turn.speaker!r:.80}; write 0 (left channel) or 1 (right channel)")
+    if turn.audio is None or turn.audio.end_sec is None:
         raise place.error("no end; write start and end in seconds")
-    return ListedTurn(
-        turn.text, speaker, AudioRef(part.path, part.folder, part.start_sec, part.end_sec, CHANNELS[speaker])
-    )
+    return replace(turn, audio=replace(turn.audio, channel=CHANNELS[turn.speaker]))

@@ -1,11 +1,20 @@
 """Conversations as their files list them: nothing is opened, measured or decoded yet."""
 
 import math
+import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from finetune.data.manifest import Recording
 from finetune.errors import UserError
+
+MAX_SHOWN = 300
+"""Characters of a path in a message; one that is too long for the file system has thousands."""
+# moshi-finetune's labels, as turn_dialogues.CHANNELS numbers them.
+_DIALOGUE_SPEAKERS = {"SPEAKER_MAIN": "0", "SPEAKER_USER": "1", "SPEAKER_OTHER": "1"}
+_WHOLE_NUMBER = re.compile(r"(-?[0-9]+)(\.0*)?")
+_ROLE_PREFIX = "speaker_"  # csm-hf's roles are speaker_0, speaker_1, …
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +40,7 @@ class ListedTurn:
     speaker: str
     audio: AudioRef | None
     is_trained: bool = True
-    """False where the file's own mask makes the turn context."""
+    """False where the file's own mask makes the turn context, or nobody wrote down what is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +69,11 @@ class Place:
         return Place(self.key, f"{self.name} {what}", self.folder)
 
 
-def parse_turn(entry: Any, place: Place, default_speaker: str) -> ListedTurn:
+def parse_turn(entry: Any, place: Place, default_speaker: str, *, is_row: bool = False) -> ListedTurn:
     """A turn or row: `text`, audio under `path`, `audio_path` or `audio`, and optional times and speaker.
+
+    Args:
+        is_row: the turn is its whole conversation and must have a text; elsewhere audio without one is context.
 
     Raises:
         UserError: something that is there is not what it should be.
@@ -69,17 +81,18 @@ def parse_turn(entry: Any, place: Place, default_speaker: str) -> ListedTurn:
     if not isinstance(entry, dict):
         raise place.error(f'not a turn: {entry!r:.80}; write {{"text": "Hello.", "path": "a.wav", "speaker": 0}}')
     path = next((entry[name] for name in ("path", "audio_path", "audio") if not is_missing(entry.get(name))), None)
+    is_untold = is_missing(entry.get("text")) and path is not None and not is_row
     return ListedTurn(
-        text=parse_text(entry.get("text"), place),
+        text="" if is_untold else parse_text(entry.get("text"), place),
         speaker=_speaker_of(entry, place, default_speaker),
         audio=None if path is None else parse_audio(path, entry, place),
+        is_trained=not is_untold,
     )
 
 
 def parse_audio(path: Any, times: dict[str, Any], place: Place) -> AudioRef:
     """Audio at a path, between `start` and `end` (or for `duration` from `start` on) in seconds where given."""
-    if not isinstance(path, str):
-        raise place.error(f"path {path!r:.80} is not text; write the path of an audio file")
+    path = parse_path(path, place)
     start_sec = _seconds(times, "start", place)
     end_sec = _seconds(times, "end", place)
     if start_sec is not None and end_sec is None:
@@ -88,20 +101,56 @@ def parse_audio(path: Any, times: dict[str, Any], place: Place) -> AudioRef:
     return AudioRef(path.removeprefix("file://"), place.folder, start_sec or 0.0, end_sec)
 
 
-def parse_text(value: Any, place: Place) -> str:
+def parse_path(value: Any, place: Place) -> str:
+    """A path as the file system can take it; names that are no UTF-8 keep the surrogates that Python gives them."""
     if not isinstance(value, str):
-        raise place.error(f"text is {value!r:.80}; write the words of the turn as text")
+        raise place.error(f"path {value!r:.80} is not text; write the path of an audio file")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError as error:
+        raise _half_character("path", error, place) from error
     return value
 
 
+def parse_text(value: Any, place: Place) -> str:
+    """The words of a turn, at least one."""
+    if not isinstance(value, str) or is_missing(value):
+        raise place.error(f"text is {value!r:.80}; write the words of the turn as text")
+    return _encodable(value, "text", place)
+
+
 def parse_speaker(value: Any, place: Place) -> str:
-    """A label as text. Tables with gaps make floats of whole numbers, such as 30.0."""
-    if isinstance(value, str):
-        whole = value.strip().removesuffix(".0")
-        return whole if whole.isdecimal() else value.strip()
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer():
-        return str(int(value))
+    """A speaker or role under the one name that `speaker_label` gives it."""
+    if isinstance(value, str) and value.strip():
+        return speaker_label(_encodable(value, "speaker", place))
+    try:
+        # Tables with gaps make floats of whole numbers, such as 30.0.
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer():
+            return str(int(value))
+    except OverflowError:
+        pass  # a whole number that no float can hold names nobody
     raise place.error(f"speaker is {value!r:.80}; write a number or a name")
+
+
+def speaker_label(name: str) -> str:
+    """The one name of a speaker, however it is spelled: `0`, `0.0`, `speaker_0` and `SPEAKER_MAIN` are the same."""
+    label = name.strip()
+    label = _DIALOGUE_SPEAKERS.get(label, label.removeprefix(_ROLE_PREFIX) or label)
+    number = _WHOLE_NUMBER.fullmatch(label)
+    return number[1] if number else label
+
+
+def _encodable(text: str, name: str, place: Place) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _half_character(name, error, place) from error
+    return text
+
+
+def _half_character(name: str, error: UnicodeEncodeError, place: Place) -> UserError:
+    half = error.object[error.start]
+    return place.error(f"{name} holds {half!r}, half of a character (a lone surrogate); write the whole character")
 
 
 def _speaker_of(entry: dict[str, Any], place: Place, default: str) -> str:
@@ -119,7 +168,7 @@ def _seconds(entry: dict[str, Any], name: str, place: Place) -> float | None:
         if isinstance(value, bool):
             raise TypeError
         seconds = float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise place.error(f"{name} is {value!r:.80}; write seconds") from error
     if not (seconds >= 0 and math.isfinite(seconds)):
         raise place.error(f"{name} is {value!r:.80}; write seconds from the start of the file")
@@ -127,5 +176,7 @@ def _seconds(entry: dict[str, Any], name: str, place: Place) -> float | None:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell is empty: None, no text, or pandas' NaN."""
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    """Whether a cell is empty: None, a blank text, or pandas' NaN."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))

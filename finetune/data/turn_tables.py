@@ -47,11 +47,23 @@ def _package(name: str, what: str) -> Any:
         raise UserError(f"{what}: needs the package {name}, which is not installed; {remedy}") from error
 
 
-def csv_rows(lines: Iterator[str]) -> Iterator[Row]:
+def csv_rows(lines: Iterator[str], path: Path, key: str) -> Iterator[Row]:
     """Rows of a CSV file with a line of names; `line` in their place is the file's."""
     reader = csv.DictReader(lines)
+    _check_names(list(reader.fieldnames or ()), f"{key}: {path} line {reader.line_num}")
     for row in reader:
         yield f"line {reader.line_num}", row
+
+
+def _check_names(names: list[str], place: str) -> None:
+    """Refuse what other programs call CSV: cells would be taken for others without a word."""
+    separator = next((each for each in (";", "\t", "|") if len(names) == 1 and each in names[0]), None)
+    if separator is not None:
+        raise UserError(f"{place}: columns are separated by {separator!r}; separate them by a comma, as in text,path")
+    spaced = next((name for name in names if name != name.strip()), None)
+    if spaced is not None:
+        remedy = "write a comma and nothing else between columns, as in text,path"
+        raise UserError(f"{place}: the column {spaced!r:.80} has spaces around its name; {remedy}")
 
 
 def sqlite_rows(path: Path, key: str) -> Iterator[Row]:
@@ -74,7 +86,7 @@ def hdf_rows(path: Path, key: str) -> Iterator[Row]:
         records = pandas.read_hdf(path).to_dict("records")
     except Exception as error:  # PyTables and pandas raise many kinds
         remedy = "write one table with pandas' DataFrame.to_hdf"
-        raise UserError(f"{key}: {path}: cannot be read as HDF5 ({error}); {remedy}") from error
+        raise UserError(f"{key}: {path}: cannot be read as HDF5 ({_in_line(error)}); {remedy}") from error
     for number, row in enumerate(records, 1):
         yield f"row {number}", row
 
@@ -85,18 +97,25 @@ def parquet_rows(path: Path, key: str) -> Iterator[Row] | None:
     try:
         schema = parquet.read_schema(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {path}: cannot be read as Parquet ({error}); write it anew") from error
+        raise _unreadable_parquet(path, key, error) from error
     if "audio" in schema.names and str(schema.field("audio").type).startswith("struct"):
         return None
-    return _parquet_batches(parquet.ParquetFile(path))
+    return _parquet_batches(parquet, path, key)
 
 
-def _parquet_batches(file: Any) -> Iterator[Row]:
+def _parquet_batches(parquet: Any, path: Path, key: str) -> Iterator[Row]:
     number = 0
-    for batch in file.iter_batches(_BATCH_ROWS):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"row {number}", row
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(_BATCH_ROWS):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own are kinds of these
+        raise _unreadable_parquet(path, key, error) from error
+
+
+def _unreadable_parquet(path: Path, key: str, error: Exception) -> UserError:
+    return UserError(f"{key}: {path}: cannot be read as Parquet ({_in_line(error)}); write it anew")
 
 
 def is_saved_dataset(folder: Path) -> bool:

@@ -83,6 +83,8 @@ def _local_files(paths: ModelPaths) -> dict[str, Path]:
             raise UserError(f"model.path: {folder}: no config.json in it; give a Moshi model's folder")
         found["config"] = folder / "config.json"
         config = read_json(found["config"])
+        if config.get("model_type") == "csm" or "backbone_flavor" in config:
+            raise UserError(f"model.path: {folder} holds a CSM; set model.family: csm")
         for key, default in FILE_KEYS.items():
             name = config.get(key, default)
             if name is not None and name.startswith("file://"):

@@ -3,8 +3,9 @@
 Facts: SesameAILabs/csm `models.py` (flavours), transformers `CsmConfig`, thomasgauthier/csm-hf `modeling_csm.py`.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from finetune.errors import UserError
@@ -90,11 +91,11 @@ def from_sesame(config: dict[str, Any]) -> CsmConfig:
         UserError: a flavour is unknown.
     """
     return CsmConfig(
-        text_vocab_size=config["text_vocab_size"],
-        audio_vocab_size=config["audio_vocab_size"],
-        num_codebooks=config["audio_num_codebooks"],
-        backbone=_flavor(config["backbone_flavor"]),
-        decoder=_flavor(config["decoder_flavor"]),
+        text_vocab_size=_count(config, "text_vocab_size"),
+        audio_vocab_size=_count(config, "audio_vocab_size"),
+        num_codebooks=_count(config, "audio_num_codebooks"),
+        backbone=_flavor(config, "backbone_flavor"),
+        decoder=_flavor(config, "decoder_flavor"),
     )
 
 
@@ -109,14 +110,21 @@ def to_sesame(config: CsmConfig) -> dict[str, Any]:
     }
 
 
-def _flavor(flavor: str | dict[str, Any]) -> TransformerConfig:
-    if isinstance(flavor, dict):
-        sizes = dict(flavor)
-        scaling = sizes.pop("rope_scaling", None)
-        return TransformerConfig(**sizes, rope_scaling=RopeScaling(**scaling) if scaling else None)
-    if flavor not in FLAVORS:
-        raise UserError(f"model: flavour {flavor!r} of config.json is not one of {', '.join(FLAVORS)}")
-    return FLAVORS[flavor]
+def _flavor(config: Mapping[str, Any], key: str) -> TransformerConfig:
+    flavor = config[key]
+    if isinstance(flavor, str) and flavor in FLAVORS:
+        return FLAVORS[flavor]
+    known = [field.name for field in fields(TransformerConfig)]
+    if not isinstance(flavor, dict) or not flavor.keys() <= set(known):
+        said = f"model: {key}: {flavor!r:.60} of config.json is not one of {', '.join(FLAVORS)}"
+        raise UserError(f"{said}, nor sizes ({', '.join(known)}); take the config.json of the weights")
+    sizes: dict[str, Any] = {name: _count(flavor, name) for name in known[:5]}
+    sizes |= {name: _number(flavor, name) for name in ("norm_eps", "rope_base") if name in flavor}
+    transformer = TransformerConfig(**sizes, rope_scaling=None)
+    _refuse_uneven_heads(transformer)
+    if not flavor.get("rope_scaling"):
+        return transformer
+    return replace(transformer, rope_scaling=_scaling(_section(flavor, "rope_scaling"), "original_context"))
 
 
 def _flavor_name(sizes: TransformerConfig) -> str | dict[str, Any]:
@@ -126,11 +134,11 @@ def _flavor_name(sizes: TransformerConfig) -> str | dict[str, Any]:
 def from_csm_hf(config: dict[str, Any]) -> CsmConfig:
     """Read csm-hf's `config.json`, which holds two of transformers' `LlamaConfig`."""
     return CsmConfig(
-        text_vocab_size=config["text_vocab_size"],
-        audio_vocab_size=config["audio_vocab_size"],
-        num_codebooks=config["audio_num_codebooks"],
-        backbone=_from_llama(config["backbone_config"]),
-        decoder=_from_llama(config["decoder_config"]),
+        text_vocab_size=_count(config, "text_vocab_size"),
+        audio_vocab_size=_count(config, "audio_vocab_size"),
+        num_codebooks=_count(config, "audio_num_codebooks"),
+        backbone=_from_llama(_section(config, "backbone_config")),
+        decoder=_from_llama(_section(config, "decoder_config")),
     )
 
 
@@ -154,11 +162,11 @@ def from_transformers(config: dict[str, Any]) -> CsmConfig:
     if not config.get("tie_codebooks_embeddings", True):
         raise UserError("model: tie_codebooks_embeddings: false; CSM shares one table of audio embeddings")
     return CsmConfig(
-        text_vocab_size=config["text_vocab_size"],
-        audio_vocab_size=config["vocab_size"],
-        num_codebooks=config["num_codebooks"],
+        text_vocab_size=_count(config, "text_vocab_size"),
+        audio_vocab_size=_count(config, "vocab_size"),
+        num_codebooks=_count(config, "num_codebooks"),
         backbone=_from_llama(config),
-        decoder=_from_llama(config["depth_decoder_config"]),
+        decoder=_from_llama(_section(config, "depth_decoder_config")),
     )
 
 
@@ -186,31 +194,61 @@ def to_transformers(config: CsmConfig) -> dict[str, Any]:
 
 def _from_llama(config: Mapping[str, Any]) -> TransformerConfig:
     sizes = TransformerConfig(
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config["num_key_value_heads"],
-        norm_eps=config["rms_norm_eps"],
+        hidden_size=_count(config, "hidden_size"),
+        intermediate_size=_count(config, "intermediate_size"),
+        num_layers=_count(config, "num_hidden_layers"),
+        num_heads=_count(config, "num_attention_heads"),
+        num_kv_heads=_count(config, "num_key_value_heads"),
+        norm_eps=_number(config, "rms_norm_eps"),
         rope_scaling=None,
     )
+    _refuse_uneven_heads(sizes)
     _refuse_what_csm_lacks(config, sizes)
     # transformers 5 keeps all of rope's settings in `rope_parameters`.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    sizes = replace(sizes, rope_base=float(rope.get("rope_theta") or config["rope_theta"]))
+    key = next((key for key in ("rope_parameters", "rope_scaling") if config.get(key)), None)
+    rope = _section(config, key) if key else {}
+    sizes = replace(sizes, rope_base=float(_number(rope if rope.get("rope_theta") else config, "rope_theta")))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return sizes
     if kind != "llama3":
         raise UserError(f"model: rope_type: {kind} of config.json is not CSM's llama3")
-    scaling = RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_context=rope["original_max_position_embeddings"],
-    )
+    scaling = _scaling(rope, "original_max_position_embeddings")
     # One spelling for all that means the same, so that flavours are recognised.
     return replace(sizes, rope_scaling=scaling.restated(RopeScaling.original_context))
+
+
+def _scaling(rope: Mapping[str, Any], context_key: str) -> RopeScaling:
+    low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
+    return RopeScaling(_number(rope, "factor"), low, high, _count(rope, context_key))
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    if type(config[key]) is not int or config[key] < 1:
+        raise _mismatch(config, key, "a whole number of 1 or more")
+    return config[key]
+
+
+def _number(config: Mapping[str, Any], key: str) -> float:
+    if type(config[key]) not in (int, float) or not 0 < config[key] < math.inf:
+        raise _mismatch(config, key, "a number above 0")
+    return config[key]
+
+
+def _section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    if not isinstance(config[key], dict):
+        raise _mismatch(config, key, "a section")
+    return config[key]
+
+
+def _mismatch(config: Mapping[str, Any], key: str, wanted: str) -> UserError:
+    return UserError(f"model: {key}: {config[key]!r:.60} of config.json is not {wanted}; take the one of the weights")
+
+
+def _refuse_uneven_heads(sizes: TransformerConfig) -> None:
+    if sizes.hidden_size % (2 * sizes.num_heads) or sizes.num_heads % sizes.num_kv_heads:
+        said = f"{sizes.hidden_size} wide with {sizes.num_heads} heads over {sizes.num_kv_heads}"
+        raise UserError(f"model: config.json: {said} is no transformer of CSM's; take the config.json of the weights")
 
 
 def _refuse_what_csm_lacks(config: Mapping[str, Any], sizes: TransformerConfig) -> None:

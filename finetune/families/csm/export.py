@@ -20,6 +20,7 @@ from finetune.families.csm import codec_names
 from finetune.families.csm.config import CsmConfig, to_csm_hf, to_sesame, to_transformers
 from finetune.families.csm.files import Companions, CsmFiles, copy_tokenizer, read_json
 from finetune.families.csm.layouts import AUDIO_TABLE, CODEC_PREFIX, TIED_COPY, Layout, to_layout
+from finetune.families.csm.places import Settings, write_notes
 from finetune.families.csm.processor import write_processor
 
 WEIGHTS_FILE = "model.safetensors"
@@ -61,24 +62,33 @@ def write_transformers(
     # A tokenizer of one's own has other ids than the one that the settings came with.
     generation = generation | {key: ids[key] for key in ("bos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", generation)
+    write_notes(folder, companions.settings, without=("mimi_path", "mimi_config_path", "tokenizer_path"))
 
 
 def write_sesame(
-    folder: Path, state: Mapping[str, torch.Tensor], config: CsmConfig, tokenizer_path: Path | None = None
+    folder: Path,
+    state: Mapping[str, torch.Tensor],
+    config: CsmConfig,
+    tokenizer_path: Path | None = None,
+    settings: Settings | None = None,
 ) -> None:
-    """Sesame's layout, for SesameAILabs/csm and what reads its files; the tokenizer beside it, if given.
+    """Sesame's layout, for SesameAILabs/csm and what reads its files; tokenizer and settings beside it, if given.
 
     Sizes other than those of its two flavours stand in `config.json` as mappings, which only this project reads.
     """
-    _write_plain(folder, state, config, "sesame", to_sesame(config), tokenizer_path)
+    _write_plain(folder, state, config, "sesame", to_sesame(config), tokenizer_path, settings)
 
 
 def write_csm_hf(
-    folder: Path, state: Mapping[str, torch.Tensor], config: CsmConfig, tokenizer_path: Path | None = None
+    folder: Path,
+    state: Mapping[str, torch.Tensor],
+    config: CsmConfig,
+    tokenizer_path: Path | None = None,
+    settings: Settings | None = None,
 ) -> None:
     """thomasgauthier/csm-hf's layout, for its `CSMModel.from_pretrained`."""
     dtype = {"torch_dtype": _dtype_name(state)}
-    _write_plain(folder, state, config, "csm_hf", to_csm_hf(config) | dtype, tokenizer_path)
+    _write_plain(folder, state, config, "csm_hf", to_csm_hf(config) | dtype, tokenizer_path, settings)
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], adapter: Adapter, files: CsmFiles) -> None:
@@ -116,6 +126,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], adapter: Ad
     }
     _write_json(folder / ADAPTER_CONFIG, config)
     write_processor(folder, files, files.config.text_vocab_size)
+    write_notes(folder, files.settings)
 
 
 def read_adapter(folder: Path) -> tuple[Adapter, dict[str, torch.Tensor]]:
@@ -138,9 +149,14 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, torch.Tensor]]:
         raise UserError(f"{folder / ADAPTER_FILE}: not a safetensors file ({error}); save it again") from error
     tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in saved.items()}
     tensors.pop(TIED_COPY, None)
-    rank, rslora = config["r"], bool(config.get("use_rslora"))
-    scaling = config["lora_alpha"] / (math.sqrt(rank) if rslora else rank)
-    return Adapter(rank, scaling, config.get("lora_dropout", 0.0), rslora), tensors
+    rank, rslora = config.get("r"), bool(config.get("use_rslora"))
+    alpha, dropout = config.get("lora_alpha", math.nan), config.get("lora_dropout") or 0.0
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"{folder}: r: {rank!r} of {ADAPTER_CONFIG} is not a rank of 1 or more; save it again")
+    for key, number in (("lora_alpha", alpha), ("lora_dropout", dropout)):
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise UserError(f"{folder}: {key}: {number!r} of {ADAPTER_CONFIG} is not a number; save it again")
+    return Adapter(rank, alpha / (math.sqrt(rank) if rslora else rank), dropout, rslora), tensors
 
 
 def _write_plain(
@@ -150,12 +166,15 @@ def _write_plain(
     layout: Layout,
     written: Mapping[str, Any],
     tokenizer_path: Path | None,
+    settings: Settings | None,
 ) -> None:
     """A layout without a codec."""
     _save(to_layout(state, layout, config), folder / WEIGHTS_FILE)
     _write_json(folder / "config.json", written)
     if tokenizer_path is not None:
         copy_tokenizer(tokenizer_path, folder)
+    if settings is not None:
+        write_notes(folder, settings, without=("tokenizer_path",))
 
 
 def _generation_config(config: CsmConfig, num_entries: int) -> dict[str, Any]:

@@ -46,12 +46,12 @@ class CsmArgs:
     """Codec architecture; default: Kyutai's Mimi."""
     tokenizer_path: str | None = None
     """A `tokenizer.json` or its folder; default: the checkpoint's own, or Llama 3's from the hub."""
-    text_template: str = "[{speaker}]{text}"
-    """How a turn's text is written for the tokenizer."""
-    bos_token: str = "<|begin_of_text|>"
-    """The tokenizer's token before a turn's text."""
-    eos_token: str = "<|end_of_text|>"
-    """The tokenizer's token behind a turn's text."""
+    text_template: str | None = None
+    """How a turn's text is written for the tokenizer; default: the checkpoint's own, or `[{speaker}]{text}`."""
+    bos_token: str | None = None
+    """The tokenizer's token before a turn's text; default: the checkpoint's own, or `<|begin_of_text|>`."""
+    eos_token: str | None = None
+    """The tokenizer's token behind a turn's text; default: the checkpoint's own, or `<|end_of_text|>`."""
     amortization: int = 16
     """The decoder learns from one in so many frames, drawn anew each time; 1 takes all."""
     first_codebook_weight_multiplier: float | None = None
@@ -65,7 +65,8 @@ class CsmArgs:
     untrained in `path` on first use, with the codec of `mimi_path` and the tokenizer of `tokenizer_path`."""
 
     def __post_init__(self) -> None:
-        check_template(self.text_template)
+        if self.text_template is not None:
+            check_template(self.text_template)
         if self.amortization < 1:
             raise ValueError(f"amortization: {self.amortization} is below 1")
         multiplier, weight = self.first_codebook_weight_multiplier, self.decoder_loss_weight
@@ -97,7 +98,7 @@ class CsmFamily:
         self._files = find_files(args)
         self._config = self._files.config
         self._num_codebooks = self._config.num_codebooks
-        self._tokenizer = TurnTokenizer(self._files.tokenizer_path, args.text_template, args.bos_token, args.eos_token)
+        self._tokenizer = TurnTokenizer.of(self._files.tokenizer_path, self._files.settings)
         if self._tokenizer.vocab_size > self._config.text_vocab_size:
             has, fits = self._tokenizer.vocab_size, self._config.text_vocab_size
             raise UserError(f"model: the tokenizer has {has} tokens, the model {fits}; use the model's own tokenizer")
@@ -181,7 +182,7 @@ class CsmFamily:
         if adapter is not None:
             write_adapter(folder, tensors, adapter, self._files)
         elif self._args.export_layout == "sesame":
-            write_sesame(folder, tensors, self._config, self._files.tokenizer_path)
+            write_sesame(folder, tensors, self._config, self._files.tokenizer_path, self._files.settings)
         else:
             write_transformers(folder, tensors, self._config, self._mimi, self._files)
 

@@ -19,9 +19,19 @@ from finetune.errors import UserError
 from finetune.families.base import Weights
 from finetune.families.csm.codec_names import MIMI_CONFIG, from_codec_config, from_transformers
 from finetune.families.csm.config import CsmConfig, from_json
-from finetune.families.csm.layouts import CODEC_PREFIX, Layout, name_in, recognize, rows_in
+from finetune.families.csm.layouts import AUDIO_TABLE, CODEC_PREFIX, TIED_COPY, Layout, name_in, recognize, rows_in
 from finetune.families.csm.model import CsmModel
-from finetune.families.csm.places import Place, folder_place, from_hub, hub_place, read_json, single_file
+from finetune.families.csm.places import (
+    Place,
+    Settings,
+    folder_place,
+    from_hub,
+    hub_place,
+    read_json,
+    read_notes,
+    single_file,
+)
+from finetune.families.csm.text import BOS_TOKEN, EOS_TOKEN, TEXT_TEMPLATE, check_template
 
 # Sesame takes its text tokenizer from here (SesameAILabs/csm `generator.py`).
 TOKENIZER_REPO = "meta-llama/Llama-3.2-1B"
@@ -37,16 +47,16 @@ PROCESSOR_FILES = (
 
 
 class ModelPaths(Protocol):
-    """The part of the `model` section that says where files are and how turns are written."""
+    """The part of the `model` section that says where files are and how turns are written; None is not set."""
 
     hf_repo_id: str | None
     path: str | None
     mimi_path: str | None
     mimi_config_path: str | None
     tokenizer_path: str | None
-    text_template: str
-    bos_token: str
-    eos_token: str
+    text_template: str | None
+    bos_token: str | None
+    eos_token: str | None
 
 
 @dataclass(frozen=True)
@@ -59,9 +69,8 @@ class Companions:
     """One file in moshi's layout, or transformers' files that hold `codec_model.*`."""
     mimi_config: dict[str, Any]
     """In moshi's spelling."""
-    text_template: str
-    bos_token: str
-    eos_token: str
+    settings: Settings
+    """How turns are written, and the single paths that led here."""
     generation_config: dict[str, Any]
     """transformers', where the checkpoint has one; else empty."""
 
@@ -125,25 +134,51 @@ def find_companions(paths: ModelPaths, checkpoint: Checkpoint | None = None) -> 
         checkpoint: None for a model that is yet to be made.
     """
     place = checkpoint.place if checkpoint else None
-    if paths.mimi_path is None and checkpoint is not None and checkpoint.codec_config is not None:
+    settings = settle(paths, place)
+    if settings.mimi_path is None and checkpoint is not None and checkpoint.codec_config is not None:
         mimi_weights, mimi_config = checkpoint.weights, from_codec_config(checkpoint.codec_config)
     else:
         default = f"hf://{loaders.DEFAULT_REPO}/{loaders.MIMI_NAME}"
-        mimi_weights = (single_file(paths.mimi_path or default, "model.mimi_path"),)
+        mimi_weights = (single_file(settings.mimi_path or default, "model.mimi_path"),)
         mimi_config = MIMI_CONFIG
-        if paths.mimi_config_path is not None:
-            mimi_config = read_json(single_file(paths.mimi_config_path, "model.mimi_config_path"))
-            _check_mimi_config(mimi_config, paths.mimi_config_path)
+        if settings.mimi_config_path is not None:
+            mimi_config = read_json(single_file(settings.mimi_config_path, "model.mimi_config_path"))
+            _check_mimi_config(mimi_config, settings.mimi_config_path)
     generation = place.look("generation_config.json") if place else None
     return Companions(
         tokenizer_path=find_tokenizer(paths, place) or from_hub(TOKENIZER_REPO, TOKENIZER_FILE, "model.tokenizer_path"),
         mimi_weights=mimi_weights,
         mimi_config=mimi_config,
-        text_template=paths.text_template,
-        bos_token=paths.bos_token,
-        eos_token=paths.eos_token,
+        settings=settings,
         generation_config=read_json(generation) if generation else {},
     )
+
+
+def settle(paths: ModelPaths, place: Place | None) -> Settings:
+    """What is set, else what the checkpoint's `parley.json` says, else Sesame's way of writing turns.
+
+    Raises:
+        UserError: that file is broken.
+    """
+    notes = read_notes(place) if place else {}
+    if paths.mimi_path is not None:
+        notes.pop("mimi_config_path", None)  # of another codec
+    try:
+        check_template(notes.get("text_template", TEXT_TEMPLATE))
+    except ValueError as error:
+        raise UserError(f"model: {place.address if place else ''}: {error}; mend its parley.json") from error
+    return Settings(
+        text_template=_first(paths.text_template, notes.get("text_template"), TEXT_TEMPLATE),
+        bos_token=_first(paths.bos_token, notes.get("bos_token"), BOS_TOKEN),
+        eos_token=_first(paths.eos_token, notes.get("eos_token"), EOS_TOKEN),
+        mimi_path=paths.mimi_path or notes.get("mimi_path"),
+        mimi_config_path=paths.mimi_config_path or notes.get("mimi_config_path"),
+        tokenizer_path=paths.tokenizer_path,  # a folder's own lies in it
+    )
+
+
+def _first(*values: str | None) -> str:
+    return next(value for value in values if value is not None)
 
 
 def _place_of(paths: ModelPaths) -> tuple[Place, Path | None]:
@@ -164,16 +199,18 @@ def _find_weights(place: Place, raw_config: Mapping[str, Any]) -> tuple[Path, ..
     """The weights of a checkpoint: one file, or the shards that an index names."""
     # `transformers_weights` is transformers' key for repositories that hold other weights too, as sesame/csm-1b does.
     named = raw_config.get("transformers_weights")
+    if named is not None and not isinstance(named, str):
+        raise UserError(f"{place.key}: {place.address}: transformers_weights: {named!r} of config.json names no file")
     for name in (*([named] if named else []), "model.safetensors.index.json", "model.safetensors", "ckpt.pt"):
         path = place.look(name)
         if path is None:
             continue
         if path.suffix != ".json":
             return (path,)
-        shards = sorted(set(read_json(path).get("weight_map", {}).values()))
-        if not shards:
-            raise UserError(f"{place.key}: {path}: names no files; download it again")
-        return tuple(place.fetch(shard) for shard in shards)
+        shards = read_json(path).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+            raise UserError(f"{place.key}: {path}: its weight_map names no files; download it again")
+        return tuple(place.fetch(shard) for shard in sorted(set(shards.values())))
     # Asked for again, so that the message says why it is not there.
     return (place.fetch("model.safetensors"),)
 
@@ -260,13 +297,14 @@ def open_weights(files: Checkpoint, opened: ExitStack) -> Weights:
         opened: keeps the files open.
 
     Raises:
-        UserError: a parameter is missing or has another shape than `config.json` says.
+        UserError: a parameter is missing, has another shape than `config.json` says, or is not in it at all.
     """
     key = f"model: {files.place.address}"
     stored = _open_all(files.weights, "model", opened)
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in CsmModel(files.config).state_dict().items()}
     places = {}
+    unknown = {name for name in stored if not name.startswith(CODEC_PREFIX)} - {AUDIO_TABLE, TIED_COPY}
     for name, shape in expected.items():
         source = name_in(files.layout, name, stored)
         if source not in stored:
@@ -275,6 +313,10 @@ def open_weights(files: Checkpoint, opened: ExitStack) -> Weights:
             has, wants = list(stored[source].shape), list(shape)
             raise UserError(f"{key}: {source} is {has}, by config.json {wants}; take the config.json of the weights")
         places[name] = stored[source]
+        unknown.discard(source)
+    if unknown:
+        said = f"{min(unknown)} is of no model that its config.json describes ({len(unknown)} such tensors)"
+        raise UserError(f"{key}: {said}; take the config.json of the weights")
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
         return rows_in(files.layout, name, places[name].read, start, stop, files.config)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from huggingface_hub.errors import (
 
 from finetune.errors import UserError
 
+# Beside exported weights: what no other program's files say. Its keys are those of the `model` section.
+NOTES_FILE = "parley.json"
 _NO_ACCESS = (401, 403)
 
 
@@ -31,6 +33,18 @@ class Place:
     """The path of a file that must be there."""
     look: Callable[[str], Path | None]
     """The path of a file that may be there."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the `model` section that a model's folder hands on to whoever uses it next."""
+
+    text_template: str
+    bos_token: str
+    eos_token: str
+    mimi_path: str | None
+    mimi_config_path: str | None
+    tokenizer_path: str | None
 
 
 def folder_place(folder: Path, key: str) -> Place:
@@ -132,3 +146,31 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"model: {path}: holds no JSON object; {remedy}")
     return value
+
+
+def read_notes(place: Place) -> dict[str, str]:
+    """What the `parley.json` of a model's folder says; nothing where there is none.
+
+    Raises:
+        UserError: it holds something else than texts.
+    """
+    path = place.look(NOTES_FILE)
+    notes = read_json(path) if path else {}
+    known = {field.name for field in fields(Settings)}
+    for key, value in notes.items():
+        if key not in known or not isinstance(value, str):
+            raise UserError(f"model: {path}: {key}: {value!r:.40} is not a text of {', '.join(sorted(known))}; mend it")
+    return notes
+
+
+def write_notes(folder: Path, settings: Settings, *, without: tuple[str, ...] = ()) -> None:
+    """Hand settings on; local paths become absolute.
+
+    Args:
+        without: what the folder itself holds.
+    """
+    notes = {key: value for key, value in asdict(settings).items() if value is not None and key not in without}
+    for key, value in notes.items():
+        if key.endswith("_path") and not value.startswith("hf://"):
+            notes[key] = str(Path(value).resolve())
+    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=2, ensure_ascii=False), encoding="utf-8")

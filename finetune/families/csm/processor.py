@@ -14,6 +14,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from finetune.families.csm.files import PROCESSOR_FILES, TOKENIZER_FILE, Companions, read_json
+from finetune.families.csm.places import folder_place, read_notes
+from finetune.families.csm.text import BOS_TOKEN, EOS_TOKEN, TEXT_TEMPLATE
 
 logger = logging.getLogger("parley")
 
@@ -21,7 +23,7 @@ logger = logging.getLogger("parley")
 AUDIO_TOKEN, AUDIO_END_TOKEN = "<|AUDIO|>", "<|audio_eos|>"
 # Llama 3 keeps tokens for later uses. sesame/csm-1b calls the first two as above.
 _RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")
-_DEFAULT_TURN = ("[{speaker}]{text}", "<|begin_of_text|>", "<|end_of_text|>")
+_SESAMES_TURN = {"text_template": TEXT_TEMPLATE, "bos_token": BOS_TOKEN, "eos_token": EOS_TOKEN}
 
 _CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -60,13 +62,13 @@ def write_processor(folder: Path, companions: Companions, text_vocab_size: int) 
         tokenizer = _write_tokenizer(folder, companions, text_vocab_size)
     files = _processor_files(companions)
     for name in PROCESSOR_FILES:
-        if is_whole and (own / name).is_file() and not (name.endswith(".jinja") and _has_own_turns(companions)):
+        if is_whole and (own / name).is_file() and not (name.endswith(".jinja") and _has_new_turns(companions)):
             shutil.copyfile(own / name, folder / name)
         else:
             (folder / name).write_text(files[name], encoding="utf-8")
-    padding = read_json(folder / "tokenizer_config.json").get("pad_token") or companions.eos_token
+    padding = read_json(folder / "tokenizer_config.json").get("pad_token") or companions.settings.eos_token
     return {
-        "bos_token_id": tokenizer.token_to_id(companions.bos_token),
+        "bos_token_id": tokenizer.token_to_id(companions.settings.bos_token),
         "eos_token_id": None,  # speech ends with a frame, never with a token
         "pad_token_id": tokenizer.token_to_id(padding["content"] if isinstance(padding, dict) else padding),
         "audio_token_id": tokenizer.token_to_id(AUDIO_TOKEN),
@@ -74,12 +76,15 @@ def write_processor(folder: Path, companions: Companions, text_vocab_size: int) 
     }
 
 
-def _has_own_turns(companions: Companions) -> bool:
-    return (companions.text_template, companions.bos_token, companions.eos_token) != _DEFAULT_TURN
+def _has_new_turns(companions: Companions) -> bool:
+    """Whether turns are written in another way than by the chat template beside the tokenizer."""
+    before = _SESAMES_TURN | read_notes(folder_place(companions.tokenizer_path.parent, "model"))
+    return any(getattr(companions.settings, key) != before[key] for key in _SESAMES_TURN)
 
 
 def _processor_files(companions: Companions) -> dict[str, str]:
-    special = {"bos_token": companions.bos_token, "eos_token": companions.eos_token, "pad_token": companions.eos_token}
+    bos, eos = companions.settings.bos_token, companions.settings.eos_token
+    special = {"bos_token": bos, "eos_token": eos, "pad_token": eos}
     contents: dict[str, dict[str, Any]] = {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -109,11 +114,11 @@ def _processor_files(companions: Companions) -> dict[str, str]:
 def _chat_template(companions: Companions) -> str:
     """Turns as training wrote them: text between its tokens, then the audio and its end."""
     fields = {"speaker": "message['role']", "text": "turn.text"}
-    pieces = [json.dumps(companions.bos_token)]
-    for literal, field, _, _ in Formatter().parse(companions.text_template):
+    pieces = [json.dumps(companions.settings.bos_token)]
+    for literal, field, _, _ in Formatter().parse(companions.settings.text_template):
         pieces += [json.dumps(literal)] if literal else []
         pieces += [fields[field]] if field else []
-    pieces.append(json.dumps(companions.eos_token))
+    pieces.append(json.dumps(companions.settings.eos_token))
     written = _CHAT_TEMPLATE.replace("WRITTEN", " ~ ".join(pieces))
     return written.replace("AUDIO", AUDIO_TOKEN + AUDIO_END_TOKEN)
 
@@ -124,7 +129,7 @@ def _write_tokenizer(folder: Path, companions: Companions, text_vocab_size: int)
     for token in (AUDIO_TOKEN, AUDIO_END_TOKEN):
         if not _has(content, token) and not _take_reserved(content, token):
             _append(content, token, text_vocab_size, companions)
-    bos, eos = companions.bos_token, companions.eos_token
+    bos, eos = companions.settings.bos_token, companions.settings.eos_token
     tokenizer = Tokenizer.from_file(str(companions.tokenizer_path))
     around = {
         "type": "TemplateProcessing",

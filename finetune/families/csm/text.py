@@ -6,6 +6,10 @@ from string import Formatter
 from tokenizers import Tokenizer
 
 from finetune.errors import UserError
+from finetune.families.csm.places import Settings
+
+# Sesame's (SesameAILabs/csm `generator.py`).
+TEXT_TEMPLATE, BOS_TOKEN, EOS_TOKEN = "[{speaker}]{text}", "<|begin_of_text|>", "<|end_of_text|>"
 
 
 class TurnTokenizer:
@@ -29,6 +33,11 @@ class TurnTokenizer:
         self._bos = self._special(bos_token, "bos_token", path)
         self._eos = self._special(eos_token, "eos_token", path)
 
+    @classmethod
+    def of(cls, path: Path, settings: Settings) -> "TurnTokenizer":
+        """The same of settings that have been settled."""
+        return cls(path, settings.text_template, settings.bos_token, settings.eos_token)
+
     @property
     def vocab_size(self) -> int:
         """Pieces, special ones included."""
@@ -51,10 +60,13 @@ class TurnTokenizer:
 def check_template(template: str) -> None:
     """Raise ValueError for a template that does not write the text."""
     try:
-        fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+        parts = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ValueError(
             f"text_template: {template!r} is not a template ({error}); write '[{{speaker}}]{{text}}'"
         ) from error
+    fields = {name for _, name, _, _ in parts}
     if "text" not in fields or not fields <= {"speaker", "text"}:
         raise ValueError(f"text_template: {template!r} must hold {{text}} and may hold {{speaker}}, nothing else")
+    if any(specification or conversion for _, _, specification, conversion in parts):
+        raise ValueError(f"text_template: {template!r} must hold plain {{text}} and {{speaker}}, without ! and :")

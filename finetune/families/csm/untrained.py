@@ -33,7 +33,7 @@ def prepare_untrained(paths: ModelPaths, architecture: dict[str, Any], folder: P
         if getattr(paths, key) is None:
             raise UserError(f"model.{key}: not set; a new model needs its codec and tokenizer")
     companions = find_companions(paths)
-    tokenizer = TurnTokenizer(companions.tokenizer_path, paths.text_template, paths.bos_token, paths.eos_token)
+    tokenizer = TurnTokenizer.of(companions.tokenizer_path, companions.settings)
     config = config_of(architecture, companions.mimi_config["quantizer"], tokenizer.vocab_size)
     if (folder / "config.json").exists():
         if from_json(read_json(folder / "config.json")) != config:
