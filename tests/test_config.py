@@ -306,8 +306,10 @@ def test_a_moshi_finetune_yaml_means_the_same(tmp_path):
     assert args.finetuning == "lora"
     assert args.data.train_data == "DailyTalkContiguous/dailytalk.jsonl:2,other:1.5"
     assert (args.data.eval_data, args.data.shuffle) == (None, True)
-    assert sections["lora"] == {"rank": 128, "scaling": 2.0, "ft_embed": False, "dropout": 0.0}
-    assert sections["optim"] == {"lr": 2e-6, "weight_decay": 0.2, "pct_start": 0.07, "schedule": "one_cycle"}
+    lora = {"rank": 128, "scaling": 2.0, "alpha": None, "rslora": False, "dropout": 0.0, "ft_embed": False}
+    assert sections["lora"] == lora
+    optim = {"name": "adamw", "lr": 2e-6, "weight_decay": 0.2, "pct_start": 0.07, "schedule": "one_cycle"}
+    assert sections["optim"] == optim
     assert sections["wandb"] == {"project": None, "run_name": None, "offline": False, "key": None}
     assert (args.model.family, args.model.hf_repo_id) == ("moshi", "kyutai/moshika-pytorch-bf16")
     assert (args.model.first_codebook_weight_multiplier, args.model.text_padding_weight) == (100.0, 0.5)
