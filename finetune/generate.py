@@ -172,8 +172,10 @@ def _consolidated(run_dir: Path, checkpoint: str | None) -> Path:
     for chosen in [checkpoints / checkpoint] if checkpoint else [checkpoints / "best", *reversed(saved)]:
         if (chosen / "consolidated").is_dir():
             return chosen / "consolidated"
-    names = ", ".join(each.name for each in saved) or "none"
-    raise UserError(f"{run_dir}: no checkpoint {checkpoint or ''} in it (there are: {names}); train with do_ckpt: true")
+    if not saved:
+        raise UserError(f"{run_dir}: no checkpoint in it; train with do_ckpt: true")
+    names = ", ".join(each.name for each in saved)
+    raise UserError(f"--checkpoint: {run_dir} has no {checkpoint} with weights; it has {names}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -245,6 +247,8 @@ def run(args: argparse.Namespace) -> None:
     family, model = open_model(args.source, device=device, checkpoint=args.checkpoint, family_name=args.family)
     if not family.can_speak:
         raise UserError(f"{args.source}: its family does not speak texts; use moshi.run_inference")
+    if (Path(args.source) / "args.yaml").exists():
+        print(f"checkpoint: {_consolidated(Path(args.source), args.checkpoint).resolve().parent.name}")
     lines = [Line(text, args.speaker, context) for text in args.text]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for output, speech in zip(outputs, speak(family, model, lines, sampling, args.max_sec), strict=True):

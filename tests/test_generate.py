@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from conftest import CPU, QUICKSTART, ROOT, csm_args, write_config
+from conftest import CPU, QUICKSTART, ROOT, csm_args, moshi_args, write_config
 from finetune import args as configuration
 from finetune import generate
 from finetune.args import GenerateArgs, LoraArgs
@@ -22,6 +22,7 @@ from finetune.errors import UserError
 from finetune.families import args_class
 from finetune.families.base import Adapter, Line
 from finetune.families.csm.family import CsmFamily
+from finetune.families.moshi import MoshiFamily
 from finetune.generate import Speech, open_model, read_context, speak, stream
 from finetune.lora import add_adapters
 from finetune.sampling import Sampling
@@ -272,3 +273,25 @@ def test_a_wrong_source_is_one_line(arguments, says, tiny_csm, tiny_moshi, tmp_p
 def speak_program(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "finetune.generate", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_an_adapter_is_no_model_to_start_from(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model\.path: .* holds an adapter; merge it first"):
+        CsmFamily(csm_args(tmp_path), CPU)
+
+
+def test_a_run_without_the_checkpoint_asked_for_names_those_it_has(tiny_csm, csm_config, tmp_path):
+    settings = configuration.load(write_config(tmp_path, csm_config), {}, args_class)
+    (tmp_path / "run").mkdir()
+    configuration.save(settings, tmp_path / "run" / "args.yaml")
+    with pytest.raises(UserError, match="no checkpoint in it; train with do_ckpt: true"):
+        open_model(str(tmp_path / "run"), device=CPU)
+    shutil.copytree(tiny_csm, tmp_path / "run" / "checkpoints" / "checkpoint_000003" / "consolidated")
+    with pytest.raises(UserError, match=r"--checkpoint: .* has no checkpoint_000004 .*; it has checkpoint_000003"):
+        open_model(str(tmp_path / "run"), device=CPU, checkpoint="checkpoint_000004")
+
+
+def test_a_csm_folder_is_not_taken_for_a_moshi(tiny_csm):
+    with pytest.raises(UserError, match=r"model\.path: .* holds a CSM; set model\.family: csm"):
+        MoshiFamily(moshi_args(tiny_csm), CPU)

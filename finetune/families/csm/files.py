@@ -192,6 +192,8 @@ def _place_of(paths: ModelPaths) -> tuple[Place, Path | None]:
         raise UserError(f"model.path: {path}: no such folder; give a CSM's folder")
     if path.is_file():
         return folder_place(path.parent, "model.path"), path
+    if (path / "adapter_config.json").exists():
+        raise UserError(f"model.path: {path} holds an adapter; merge it first with scripts/merge_adapter.py")
     return folder_place(path, "model.path"), None
 
 
