@@ -7,12 +7,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import get_type_hints
 
+import numpy as np
 import pytest
+import sphn
 from simple_parsing.docstring import get_attribute_docstring
 
 from conftest import ROOT, write_config
 from finetune import args as configuration
 from finetune.args import TrainArgs
+from finetune.data.conversations import ConversationDataset
+from finetune.data.types import SAMPLE_RATE_HZ
 from finetune.families import FAMILIES, args_class
 
 README = ROOT / "README.md"
@@ -142,3 +146,38 @@ def anchors(page: Path) -> set[str]:
     """GitHub's names of a page's headings: lower case, punctuation dropped, a dash for every space."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+FORMATS = re.findall(
+    r"```json\n(.*?)```", TEXT[README].partition("### Data for CSM")[2].partition("### Packing")[0], re.DOTALL
+)
+
+
+@pytest.mark.parametrize("example", FORMATS)
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_the_data_shown_for_csm_is_read(example, ending, tmp_path):
+    """Each example, saved as it stands, names conversations that can be trained on."""
+    noise_CS = 0.1 * np.random.default_rng(0).standard_normal((2, 15 * SAMPLE_RATE_HZ), dtype=np.float32)
+    for name in re.findall(r"[\w.]+\.(?:wav|flac)", example):
+        sphn.write_wav(str(tmp_path / name), noise_CS, SAMPLE_RATE_HZ)
+    (tmp_path / f"data.{ending}").write_text(example)
+    dataset = ConversationDataset.open(
+        str(tmp_path / f"data.{ending}"),
+        "data.train_data",
+        max_frames=2048,
+        context_turns=0,
+        mask_speaker_ids=[],
+        max_audio_sec=None,
+        count_text=lambda speaker, text: len(text),
+        frame_sec=0.08,
+        on_error="fail",
+        num_workers=1,
+    )
+    turns = [turn for windows in dataset.windows for window in windows for turn in dataset.read(window).turns]
+    assert len(turns) == 2
+    assert [turn.speaker for turn in turns] == ["0", "1"]
+    assert turns[-1].is_trained
+
+
+def test_there_are_examples_of_csms_data():
+    assert len(FORMATS) == 4
