@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import sphn
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from conftest import CPU, QUICKSTART, csm_args, make_csm, read_lines, run_module, write_config
@@ -311,6 +312,8 @@ def test_samples_are_spoken_judged_and_kept(csm_config, tmp_path):
         assert line["length_sec"] <= 0.4
         assert line.keys() >= {"silent_share", "ended", "peak", "clipped_share"}
         assert (tmp_path / "run" / line["path"]).with_suffix(".txt").read_text() == "hello\n"
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert set(board.Tags()["audio"]) == {"samples/1_plain", "samples/1_context"}
     # The last ones are what the checkpoint says of the same line with the same settings, and of none other.
     context, asked = [read_context(SPEECH[0], TEXTS[0], "0")], Sampling(temperature=0.7, seed=5)
     family, model = open_model(str(tmp_path / "run"), device=CPU)
