@@ -1,13 +1,10 @@
 """`scripts/convert_csm.py` between any two layouts, and CSM's files from folders and from a hub of our own."""
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import convert_csm
 from conftest import QUICKSTART, ROOT
+from fake_hub import serve
 from finetune.families.csm.files import TOKENIZER_REPO, find_checkpoint, find_files, load_mimi, read_state
 from test_csm_export import assert_equal_states, assert_same, their_logits
 from test_csm_model import CODEC, SIZES, rope
@@ -251,7 +249,6 @@ def test_the_source_is_never_written_over(original, monkeypatch, capsys):
 
 # The hub
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REFUSALS = {"someone/gated": (403, "GatedRepo"), TOKENIZER_REPO: (403, "GatedRepo"), "someone/closed": (403, None)}
 FIND = """
 import json, sys
@@ -283,51 +280,7 @@ def hub(tmp_path, exported_tiny):
     for path in old.glob("*token*"):
         path.unlink()
     (codec / loaders.MIMI_NAME).write_bytes((QUICKSTART / "tiny_mimi.safetensors").read_bytes())
-    yield from serve({"someone/csm": both, "someone/old": old, loaders.DEFAULT_REPO: codec})
-
-
-def serve(repos: dict[str, Path]):
-    class Hub(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.answer(with_body=False)
-
-        def do_GET(self):
-            self.answer(with_body=True)
-
-        def answer(self, with_body: bool) -> None:
-            repo, _, file = self.path.lstrip("/").partition("/resolve/main/")
-            if repo not in repos:
-                return self.refuse(*REFUSALS.get(repo, (404, "RepoNotFound")))
-            path = repos[repo] / file
-            if not path.is_file():
-                return self.refuse(404, "EntryNotFound")
-            body = path.read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.end_headers()
-            if with_body:
-                self.wfile.write(body)
-
-        def refuse(self, status: int, code: str | None) -> None:
-            self.send_response(status)
-            if code:
-                self.send_header("X-Error-Code", code)
-                self.send_header("X-Error-Message", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_) -> None:
-            """Quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    yield from serve({"someone/csm": both, "someone/old": old, loaders.DEFAULT_REPO: codec}, REFUSALS)
 
 
 def find(endpoint: str, home: Path, *cases: dict, **environment: str) -> list:

@@ -1,19 +1,16 @@
 """The real download code against a hub of our own: a local server that answers as the Hugging Face Hub does."""
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+from fake_hub import serve
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OPEN_REPO, GATED_REPO = "someone/tiny-moshi", "someone/gated-moshi"
 LOAD = """
 import sys, torch
@@ -32,46 +29,7 @@ with distributed.one_line_errors():
 def hub(tiny_moshi):
     """Serves the tiny Moshi's folder as one open repository; another one is gated."""
 
-    class Hub(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.answer(with_body=False)
-
-        def do_GET(self):
-            self.answer(with_body=True)
-
-        def answer(self, with_body: bool) -> None:
-            repo, _, file = self.path.lstrip("/").partition("/resolve/main/")
-            path = tiny_moshi / file
-            if repo != OPEN_REPO:
-                return self.refuse(*((403, "GatedRepo") if repo == GATED_REPO else (404, "RepoNotFound")))
-            if not path.is_file():
-                return self.refuse(404, "EntryNotFound")
-            body = path.read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.end_headers()
-            if with_body:
-                self.wfile.write(body)
-
-        def refuse(self, status: int, code: str) -> None:
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.send_header("X-Error-Message", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_) -> None:
-            """Quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    yield from serve({OPEN_REPO: tiny_moshi}, {GATED_REPO: (403, "GatedRepo")})
 
 
 def load(repo: str, endpoint: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
