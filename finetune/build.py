@@ -82,9 +82,8 @@ def build_loader(args: TrainArgs, family: Family, *, evaluation: bool) -> Loader
     if not in_windows and limit is not None and args.data.max_frames > limit:
         raise UserError(f"data.max_frames: {args.data.max_frames} is more than the model's {limit} positions")
     dataset = build_dataset(args, family, spec, f"data.{key}")
-    num_windows = sum(len(windows) for windows in dataset.windows)
     extent = f"{args.duration_sec:g} s" if in_windows else f"up to {args.data.max_frames} positions"
-    logger.info("data.%s: %d windows of %s", key, num_windows, extent)
+    logger.info("data.%s: %d windows of %s", key, dataset.num_windows, extent)
     return Loader(
         dataset,
         partial(family.tokenize, evaluation=evaluation),

@@ -7,7 +7,6 @@ repository. Several `--text` are spoken at once, each into its own file. `--cont
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from finetune.data.types import SAMPLE_RATE_HZ, BadRecording, Turn
 from finetune.errors import UserError
 from finetune.families import args_class, family_class
 from finetune.families.base import Family, Line, SpeechChunk
+from finetune.json_files import read_json
 from finetune.judge import judge
 from finetune.lora import merge_into
 from finetune.parallel import compute_dtype, materialize, set_param_dtypes
@@ -34,6 +34,8 @@ from finetune.sampling import Sampling
 
 # peft's; it names the base.
 ADAPTER_CONFIG = "adapter_config.json"
+# How `read_json` words what is wrong with an adapter's files.
+_OF_ADAPTERS = ("", "save the adapter again")
 # Ours, beside it: keys of the `model` section that the base's folder does not know.
 NOTES_FILE = "parley.json"
 
@@ -121,7 +123,7 @@ def _describe(path: Path, source: str, checkpoint: str | None, family_name: str)
         raise UserError(f"--checkpoint: {source} is not a run's folder (no args.yaml in it); leave --checkpoint out")
     if (path / ADAPTER_CONFIG).exists():
         base = base_of(path)
-        notes = _read_json(path / NOTES_FILE) if (path / NOTES_FILE).exists() else {}
+        notes = read_json(path / NOTES_FILE, *_OF_ADAPTERS) if (path / NOTES_FILE).exists() else {}
         said = f"{source}: its base {base} is not there; put it back, or name another in {ADAPTER_CONFIG}"
         return _section(family_name, notes | _location(base, said)), path
     said = f"{source}: neither a folder nor the name of a hub repository; check the path"
@@ -134,7 +136,7 @@ def base_of(adapter: Path) -> str:
     Raises:
         UserError: the adapter does not tell.
     """
-    base = _read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = read_json(adapter / ADAPTER_CONFIG, *_OF_ADAPTERS).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path: {base!r} names no base; write it there")
     return base
@@ -153,16 +155,6 @@ def _location(address: str, otherwise: str) -> dict[str, str]:
 
 def _section(family_name: str, settings: dict[str, Any]) -> Any:
     return configuration.decode(args_class(family_name), settings, "model")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); save the adapter again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object; save the adapter again")
-    return content
 
 
 def _consolidated(run_dir: Path, checkpoint: str | None) -> Path:

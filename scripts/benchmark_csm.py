@@ -24,11 +24,11 @@ from benchmark_tools import Contender, Load, Race
 from finetune.data.types import ABSENT, Batch, send
 from finetune.families.base import LossTerm
 from finetune.families.csm.config import CsmConfig, TransformerConfig, to_transformers
+from finetune.families.csm.family import batch_nll
 from finetune.families.csm.frames import loss_weights
 from finetune.families.csm.layouts import from_layout
-from finetune.families.csm.model import CsmModel, attend_causally
+from finetune.families.csm.model import CsmModel
 from finetune.loss import denominators, local_loss
-from finetune.segments import positions, segment_attention
 
 PACKAGE = "transformers"
 NEEDS_GPU = {"csm_1b"}
@@ -166,23 +166,6 @@ def build_ours(name: str, model: CsmModel, batch: Batch) -> Contender:
         return torch.stack([local_loss(nll_BKT, loss_weight_BKT, [term], [total]) for term, total in parts])
 
     return Contender(name, dict(model.named_parameters()), losses)
-
-
-def batch_nll(model: CsmModel, batch: Batch) -> torch.Tensor:
-    """As `CsmFamily.nll`, which would need the files of a model folder."""
-    device = model.lm_head.weight.device
-    weight_BKT = batch.loss_weight_BKT
-    semantic_rows, acoustic_rows = (
-        (weight_BKT[:, term.rows] > 0).any(1).flatten().nonzero().flatten() for term in TERMS
-    )
-    nll_BKT = model(
-        send(batch.codes_BKT, device),
-        send(semantic_rows, device),
-        send(acoustic_rows, device),
-        send(positions(batch.segment_BT), device),
-        segment_attention(batch.segment_BT, device) or attend_causally,
-    )
-    return torch.where(send(weight_BKT, device) > 0, nll_BKT, 0.0)
 
 
 def build_theirs(model: CsmForConditionalGeneration, codes_BKT: torch.Tensor, num_frames: int) -> Contender:

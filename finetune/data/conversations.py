@@ -17,8 +17,8 @@ import numpy as np
 
 from finetune import distributed
 from finetune.data.audio import Header, is_silent, read_header, read_span
-from finetune.data.dataset import OnError
-from finetune.data.manifest import DURATION_SLACK_SEC, MAKE_MANIFEST, Recording, failure, report_problems, split_spec
+from finetune.data.dataset import OnError, fail_or_skip
+from finetune.data.manifest import DURATION_SLACK_SEC, MAKE_MANIFEST, Recording, report_problems, split_spec
 from finetune.data.turn_dialogues import dialogue_turns
 from finetune.data.turn_formats import read_source
 from finetune.data.turn_records import MAX_SHOWN, AudioRef, Entry, ListedConversation, ListedTurn, speaker_label
@@ -157,10 +157,7 @@ class ConversationDataset:
             turns = [_read_turn(turn, index >= window.num_context) for index, turn in enumerate(window.turns)]
         except BadRecording as problem:
             line = f"{window.place}: {problem}"
-            if self.on_error == "fail":
-                raise UserError(failure(self.key, line)) from problem
-            if distributed.once(f"bad conversation {line}"):
-                logger.error("warning: skipped: %s: %s", self.key, line)
+            fail_or_skip(self.key, line, self.on_error, line)
             return self.empty_clip()
         return Conversation(turns, window.place)
 

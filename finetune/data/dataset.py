@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -109,11 +109,7 @@ class WindowDataset:
                 raise BadRecording(f"ends inside the window at {window.start_sec:g} s; {MAKE_MANIFEST}")
             transcript = read_transcript(recording.path)
         except BadRecording as problem:
-            line = f"{recording.place}: {recording.path}: {problem}"
-            if self.on_error == "fail":
-                raise UserError(failure(self.key, line)) from problem
-            if distributed.once(f"bad recording {recording.path}"):
-                logger.error("warning: skipped: %s: %s", self.key, line)
+            fail_or_skip(self.key, f"{recording.place}: {recording.path}: {problem}", self.on_error, recording.path)
             return self.empty_clip()
         return Clip(
             wav_CS=wav_CS,
@@ -152,6 +148,14 @@ def _cut(source: Source, bad: set[int], duration_sec: float, frame_sec: float) -
         last = round((recording.duration_sec - frame_sec) * SAMPLE_RATE_HZ)
         windows += [Window(recording, start / SAMPLE_RATE_HZ) for start in range(0, last + 1, step)]
     return windows
+
+
+def fail_or_skip(key: str, line: str, on_error: OnError, name: Any) -> None:
+    """Say what reading found: an end of the run under `fail`, one warning for all that has this `name` under `skip`."""
+    if on_error == "fail":
+        raise UserError(failure(key, line))
+    if distributed.once(f"bad data {name}"):
+        logger.error("warning: skipped: %s: %s", key, line)
 
 
 def _warn_without_main_speaker(recordings: Sequence[Recording], key: str) -> None:

@@ -34,6 +34,11 @@ class Dataset(Protocol):
         """By source."""
         ...
 
+    @property
+    def num_windows(self) -> int:
+        """Of all sources."""
+        ...
+
     def read(self, window: Any) -> Any:
         """Read a window into what the family tokenises."""
         ...

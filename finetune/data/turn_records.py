@@ -123,13 +123,17 @@ def parse_speaker(value: Any, place: Place) -> str:
     """A speaker or role under the one name that `speaker_label` gives it."""
     if isinstance(value, str) and value.strip():
         return speaker_label(_encodable(value, "speaker", place))
-    try:
-        # Tables with gaps make floats of whole numbers, such as 30.0.
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer():
-            return str(int(value))
-    except OverflowError:
-        pass  # a whole number that no float can hold names nobody
+    if _is_whole(value):
+        return str(int(value))
     raise place.error(f"speaker is {value!r:.80}; write a number or a name")
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether this is a whole number; tables with gaps make floats of them, such as 30.0."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()
+    except OverflowError:
+        return False  # what no float can hold names nobody
 
 
 def speaker_label(name: str) -> str:

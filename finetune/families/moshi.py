@@ -26,7 +26,8 @@ from finetune.codec import Codec
 from finetune.data.types import ABSENT, SAMPLE_RATE_HZ, Batch, Clip, Sample, send
 from finetune.errors import UserError
 from finetune.families.base import Adapter, LossTerm, Weights, target_rows
-from finetune.families.moshi_files import find_files, open_weights, read_json
+from finetune.families.moshi_files import find_files, open_weights
+from finetune.json_files import read_json
 from finetune.segments import extend_last, is_packed, positions, segment_attention
 from finetune.text_stream import TextStreamRules, build_text_stream, num_frames_of
 from moshi_overrides.fsdp import allow_fully_shard

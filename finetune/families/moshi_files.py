@@ -3,7 +3,6 @@
 Files are found by moshi's own `CheckpointInfo`, from the hub or from a local folder.
 """
 
-import json
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetune.errors import UserError
 from finetune.families.base import Weights
+from finetune.json_files import read_json
 
 # A packed projection holds the weights of all codebook steps one below the other (moshi's attention load hook).
 _PACKED = re.compile(r"(?P<attention>.*)\.(?P<which>in|out)_proj(_weight|\.weight)")
@@ -102,18 +102,6 @@ def _local_files(paths: ModelPaths) -> dict[str, Path]:
         if value:
             found[key] = _from_hub(value, value, loaders.hf_get) if value.startswith("hf://") else Path(value)
     return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object's file, or a UserError that names it."""
-    remedy = "mend it or download it again"
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: {path}: cannot be read as JSON ({error}); {remedy}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"model: {path}: holds no JSON object; {remedy}")
-    return value
 
 
 def _yaml_key(paths: ModelPaths, key: str) -> str:

@@ -18,10 +18,11 @@ from finetune.errors import UserError
 from finetune.families.base import Adapter
 from finetune.families.csm import codec_names
 from finetune.families.csm.config import CsmConfig, to_csm_hf, to_sesame, to_transformers
-from finetune.families.csm.files import Companions, CsmFiles, copy_tokenizer, read_json
+from finetune.families.csm.files import Companions, CsmFiles, copy_tokenizer
 from finetune.families.csm.layouts import AUDIO_TABLE, CODEC_PREFIX, TIED_COPY, Layout, to_layout
 from finetune.families.csm.places import Settings, write_notes
 from finetune.families.csm.processor import write_processor
+from finetune.json_files import read_json
 
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"

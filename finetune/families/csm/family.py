@@ -139,18 +139,7 @@ class CsmFamily:
 
     def nll(self, model: CsmModel, batch: Batch) -> torch.Tensor:
         """One pass of the backbone, and of the decoder over the frames that it learns from."""
-        device = model.lm_head.weight.device
-        weight_BKT = batch.loss_weight_BKT
-        semantic_rows = target_rows(weight_BKT[:, 1] > 0)
-        acoustic_rows = target_rows((weight_BKT[:, 2:] > 0).any(1))
-        nll_BKT = model(
-            send(batch.codes_BKT, device),
-            send(semantic_rows, device),
-            send(acoustic_rows, device),
-            send(positions(batch.segment_BT), device),
-            segment_attention(batch.segment_BT, device) or attend_causally,
-        )
-        return torch.where(send(weight_BKT, device) > 0, nll_BKT, 0.0)
+        return batch_nll(model, batch)
 
     def embeddings(self, model: CsmModel) -> list[nn.Module]:
         """The tables of text and of audio, which both transformers read."""
@@ -233,3 +222,19 @@ class CsmFamily:
             audio_sec=sum(turn.wav_S.shape[-1] for turn in conversation.turns) / SAMPLE_RATE_HZ,
             path=conversation.path,
         )
+
+
+def batch_nll(model: CsmModel, batch: Batch) -> torch.Tensor:
+    """What `CsmFamily.nll` gives, which needs nothing of the family."""
+    device = model.lm_head.weight.device
+    weight_BKT = batch.loss_weight_BKT
+    semantic_rows = target_rows(weight_BKT[:, 1] > 0)
+    acoustic_rows = target_rows((weight_BKT[:, 2:] > 0).any(1))
+    nll_BKT = model(
+        send(batch.codes_BKT, device),
+        send(semantic_rows, device),
+        send(acoustic_rows, device),
+        send(positions(batch.segment_BT), device),
+        segment_attention(batch.segment_BT, device) or attend_causally,
+    )
+    return torch.where(send(weight_BKT, device) > 0, nll_BKT, 0.0)

@@ -27,11 +27,11 @@ from finetune.families.csm.places import (
     folder_place,
     from_hub,
     hub_place,
-    read_json,
     read_notes,
     single_file,
 )
 from finetune.families.csm.text import BOS_TOKEN, EOS_TOKEN, TEXT_TEMPLATE, check_template
+from finetune.json_files import read_json
 
 # Sesame takes its text tokenizer from here (SesameAILabs/csm `generator.py`).
 TOKENIZER_REPO = "meta-llama/Llama-3.2-1B"

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -16,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from finetune.errors import UserError
+from finetune.json_files import read_json
 
 # Beside exported weights: what no other program's files say. Its keys are those of the `model` section.
 NOTES_FILE = "parley.json"
@@ -134,18 +134,6 @@ def single_file(value: str, key: str) -> Path:
     if not Path(value).is_file():
         raise UserError(f"{key}: {value}: no such file")
     return Path(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object's file, or a UserError that names it."""
-    remedy = "mend it or download it again"
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: {path}: cannot be read as JSON ({error}); {remedy}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"model: {path}: holds no JSON object; {remedy}")
-    return value
 
 
 def read_notes(place: Place) -> dict[str, str]:

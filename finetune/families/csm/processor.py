@@ -13,9 +13,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from finetune.families.csm.files import PROCESSOR_FILES, TOKENIZER_FILE, Companions, read_json
+from finetune.families.csm.files import PROCESSOR_FILES, TOKENIZER_FILE, Companions
 from finetune.families.csm.places import folder_place, read_notes
 from finetune.families.csm.text import BOS_TOKEN, EOS_TOKEN, TEXT_TEMPLATE
+from finetune.json_files import read_json
 
 logger = logging.getLogger("parley")
 

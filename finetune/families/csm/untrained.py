@@ -12,9 +12,10 @@ from torch import nn
 from finetune.errors import UserError
 from finetune.families.csm.config import LLAMA_1B, LLAMA_100M, CsmConfig, TransformerConfig, from_json
 from finetune.families.csm.export import write_transformers
-from finetune.families.csm.files import ModelPaths, find_companions, load_mimi, read_json
+from finetune.families.csm.files import ModelPaths, find_companions, load_mimi
 from finetune.families.csm.model import CsmModel, RMSNorm
 from finetune.families.csm.text import TurnTokenizer
+from finetune.json_files import read_json
 
 # transformers' `CsmConfig.initializer_range`, and Llama's.
 INITIAL_STD = 0.02
